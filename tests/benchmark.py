@@ -1,0 +1,88 @@
+"""How fast the scripts are, as ratios measured in one run: `python tests/benchmark.py [part ...]`.
+
+Part 1 needs the MNIST files (`DATA_DIR`, default `data`). Times on a shared machine wander; a ratio
+of two times taken in the same run wanders less. Each section says what it compares.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DATA_DIR = Path(os.environ.get("DATA_DIR", ROOT / "data"))
+
+
+def usual_script(target: float, max_epochs: int = 30) -> tuple[float, int, float]:
+    """Train as the usual tutorial does, to `target` test accuracy; seconds, epochs, accuracy.
+
+    torchvision with ToTensor and Normalize, a DataLoader, 784-512-512-10, Adam, batches of 128.
+    Only the training epochs are timed. Like most tutorials, it watches the test set.
+    """
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import MNIST
+
+    torch.manual_seed(0)
+    scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    loader = DataLoader(MNIST(DATA_DIR, True, scale), batch_size=128, shuffle=True)
+    test_loader = DataLoader(MNIST(DATA_DIR, False, scale), batch_size=1000)
+    model = nn.Sequential(
+        *[nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU()],
+        nn.Linear(512, 10),
+    )
+    optimizer = torch.optim.Adam(model.parameters())
+    seconds = 0.0
+    for epoch in range(1, max_epochs + 1):
+        start = time.perf_counter()
+        for images, labels in loader:
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        seconds += time.perf_counter() - start
+        with torch.no_grad():
+            right = sum((model(x).argmax(1) == y).sum().item() for x, y in test_loader)
+        print(f"  usual script, epoch {epoch}: {right / 10_000:.4f}, {seconds:.1f} s", flush=True)
+        if right / 10_000 >= target:
+            break
+    return seconds, epoch, right / 10_000
+
+
+def part1() -> None:
+    """Part 1's training against the usual script's, and the share spent outside the products."""
+    import part1_mlp_mnist as part1
+
+    config = part1.Config(data_dir=DATA_DIR)
+    torch.manual_seed(config.seed)
+    data = part1.load_data(DATA_DIR, config.seed, torch.device("cpu"))
+    model = part1.MLP(config.hidden, config.dropout)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        part1.train(model, data, part1.Config(epochs=1), verbose=False)
+    total = products = 0.0
+    for row in profile.key_averages():
+        total += row.self_cpu_time_total
+        products += row.self_cpu_time_total * (row.key in ("aten::addmm", "aten::mm"))
+
+    torch.manual_seed(config.seed)
+    model = part1.MLP(config.hidden, config.dropout)
+    ours = part1.train(model, data, config, verbose=False).seconds
+    right = part1.predict(model, data.test_images).argmax(1) == data.test_labels
+    print(f"  part 1, {config.epochs} epochs: {right.float().mean():.4f}, {ours:.1f} s")
+    print(f"  outside the matrix products: {1 - products / total:.0%} of the operators' time")
+    usual, epochs, accuracy = usual_script(target=0.984)
+    print(f"  usual script to {accuracy:.4f}: {epochs} epochs, {usual:.1f} s")
+    print(f"  part 1 takes 1/{usual / ours:.1f} of the usual script's training time")
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:] or ["part1"]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name in wanted:
+        print(name)
+        globals()[name]()
