@@ -201,7 +201,7 @@ def load_data(data_dir: Path, seed: int, device: torch.device) -> Data:
     return Data(name, class_names, *(tensor for split in splits for tensor in split))
 
 
-class RandomWarp(nn.Module):
+class Augment(nn.Module):
     """Warp each image of a batch at random: rotation, scale, shear, shift and elastic distortion.
 
     The elastic part follows Simard et al. 2003, section 2: a random displacement for each pixel,
@@ -284,8 +284,9 @@ class MLP(nn.Module):
 
 
 class Training(NamedTuple):
-    """What `train` leaves behind. Each list has one value for each epoch that ended."""
+    """What `train` leaves behind. The lists by epoch have one value for each epoch that ended."""
 
+    step_loss: list[float]  # by step: of the batch, before the step
     train_loss: list[float]
     val_loss: list[float]
     val_accuracy: list[float]
@@ -306,7 +307,7 @@ def train(model: nn.Module, data: Data, config: Config, verbose: bool = True) ->
     steps = n // config.batch_size  # the ragged last batch waits for another epoch's shuffle
     if steps == 0:
         raise UserError(f"batch_size is {config.batch_size}, but there are {n} training images")
-    warp = RandomWarp(config.augment).to(device)
+    augment = Augment(config.augment).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
@@ -315,7 +316,7 @@ def train(model: nn.Module, data: Data, config: Config, verbose: bool = True) ->
     )  # at least 10: with 5, the warm-up would be one step long and divide by zero
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
-    train_loss, val_loss, val_accuracy = [], [], []
+    step_loss, train_loss, val_loss, val_accuracy = [], [], [], []
     best_epoch, best_weights, best_score = 0, {}, (-1.0, 0.0)
     interrupted = False
     start = time.perf_counter()
@@ -324,34 +325,40 @@ def train(model: nn.Module, data: Data, config: Config, verbose: bool = True) ->
     try:
         for epoch in range(1, config.epochs + 1):
             model.train()
-            total = 0.0
             order = torch.randperm(n, device=device)[: steps * config.batch_size]
             bar = tqdm(order.split(config.batch_size), f"epoch {epoch}", leave=False, disable=None)
             for step, batch in enumerate(bar, start=1):
-                images, labels = warp(data.train_images[batch]), data.train_labels[batch]
+                images, labels = augment(data.train_images[batch]), data.train_labels[batch]
                 with autocast:
                     logits = model(images)  # (B, 10)
                 loss = F.cross_entropy(
                     logits.float(), labels, label_smoothing=config.label_smoothing
                 )
-                if not math.isfinite(loss_value := loss.item()):
+                step_loss.append(loss.item())
+                if not math.isfinite(step_loss[-1]):
                     raise UserError(
-                        f"the loss became {loss_value} in epoch {epoch}, step {step}: "
+                        f"the loss became {step_loss[-1]} in epoch {epoch}, step {step}: "
                         f"try a lower learning rate than lr = {config.lr:g}"
                     )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += loss_value
 
             logits = predict(model, data.val_images)
-            val_loss.append(F.cross_entropy(logits, data.val_labels).item())
-            val_accuracy.append((logits.argmax(1) == data.val_labels).float().mean().item())
-            train_loss.append(total / steps)
-            if (score := (val_accuracy[-1], -val_loss[-1])) > best_score:
+            loss_now = F.cross_entropy(logits, data.val_labels).item()
+            accuracy_now = (logits.argmax(1) == data.val_labels).float().mean().item()
+            if not math.isfinite(loss_now):
+                raise UserError(
+                    f"the validation loss became {loss_now} after epoch {epoch}, step {steps}: "
+                    f"try a lower learning rate than lr = {config.lr:g}"
+                )
+            if (accuracy_now, -loss_now) > best_score:
                 best_weights = {k: v.clone() for k, v in model.state_dict().items()}
-                best_epoch, best_score = epoch, score
+                best_epoch, best_score = epoch, (accuracy_now, -loss_now)
+            train_loss.append(sum(step_loss[-steps:]) / steps)
+            val_loss.append(loss_now)
+            val_accuracy.append(accuracy_now)
             if verbose:
                 print(
                     f"{epoch:5d}  {train_loss[-1]:10.4f}  {val_loss[-1]:8.4f}  "
@@ -365,7 +372,7 @@ def train(model: nn.Module, data: Data, config: Config, verbose: bool = True) ->
         print(f"interrupted: epoch {best_epoch}, the best so far, is scored", file=sys.stderr)
     model.load_state_dict(best_weights)
     seconds = time.perf_counter() - start
-    return Training(train_loss, val_loss, val_accuracy, best_epoch, seconds, interrupted)
+    return Training(step_loss, train_loss, val_loss, val_accuracy, best_epoch, seconds, interrupted)
 
 
 # ---------------------------------------------------------------------------------------------- #
@@ -669,7 +676,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def main(config: Config) -> dict:
-    """Train, score the test set once, draw; returns the results as a dict of plain values."""
+    """Train, score the test set once, draw; returns the results as a dict.
+
+    Raises KeyboardInterrupt, after all is drawn, if training was interrupted.
+    """
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     require_writable(config.images_dir, "--images-dir")
@@ -692,7 +702,6 @@ def main(config: Config) -> dict:
     results["train_seconds"] = history.seconds
     results["epochs_run"] = len(history.val_loss)
     results["parameters"] = parameters
-    results["interrupted"] = history.interrupted
     print(f"\n{data.name}, test set\n{results['report']}")
 
     title = f"{data.name}, MLP {config.hidden}: test accuracy {results['accuracy']:.2%}"
@@ -710,6 +719,8 @@ def main(config: Config) -> dict:
     }
     for name, figure in figures.items():
         save_figure(figure, images_dir / f"{name}.png")
+    if history.interrupted:
+        raise KeyboardInterrupt
     if config.study:
         results["study"] = study(data, config, images_dir)
     return results
@@ -718,13 +729,14 @@ def main(config: Config) -> dict:
 def command_line() -> int:
     """Run `main` with the flags given; what a user can cause ends in one line, not a traceback."""
     try:
-        return 130 if main(tyro.cli(Config))["interrupted"] else 0
+        main(tyro.cli(Config))
+        return 0
     except UserError as error:
         problem = str(error)
     except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        problem = "out of memory: try a smaller --batch-size, or narrower --hidden layers"
+        problem = "out of memory: try a smaller --batch-size, or a smaller net"
     except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

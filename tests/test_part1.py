@@ -146,24 +146,24 @@ def test_warp_keeps_shape_range_and_image():
     torch.manual_seed(0)
     images = torch.zeros(200, 28, 28)
     images[:, 6:22, 12:16] = 1  # an upright bar
-    warped = part1.RandomWarp(1.0)(images)
+    warped = part1.Augment(1.0)(images)
     assert warped.shape == images.shape
     assert warped.min() >= 0 and warped.max() <= 1
     assert (warped != images).flatten(1).any(1).all()  # every image moved ...
     overlap = (warped * images).sum((1, 2)) / images.sum((1, 2))
     assert overlap.mean() > 0.5  # ... yet stays where it was, by and large
     assert 0.7 < (warped.sum() / images.sum()).item() < 1.3
-    assert torch.equal(part1.RandomWarp(0.0)(images), images)
+    assert torch.equal(part1.Augment(0.0)(images), images)
 
 
 def test_warp_displacement_has_the_size_that_it_claims():
     """A ramp shows where each pixel came from: its change is the displacement in pixels."""
     torch.manual_seed(0)
-    warp = part1.RandomWarp(1.0)
+    warp = part1.Augment(1.0)
     warp.ROTATION = warp.SCALE = warp.SHEAR = warp.SHIFT = 0.0  # leave the elastic part alone
     ramp = torch.arange(28.0).expand(2000, 28, 28)
     moved = (warp(ramp) - ramp)[:, 6:22, 6:22]  # away from the edge, where the border repeats
-    assert abs(moved.std().item() - part1.RandomWarp.ELASTIC) < 0.05
+    assert abs(moved.std().item() - part1.Augment.ELASTIC) < 0.05
 
 
 # ------------------------------------- training and scores ------------------------------------ #
