@@ -553,7 +553,9 @@ def loss_vs_weight_figure(model: MLP, data: Data, title: str) -> Figure:
         axes.set(xlabel="alpha: distance from the trained weights", title=f"learning rate {lr:g}")
         axes.set_ylabel("cross-entropy (nats)")
         axes.legend()
-    figure.suptitle(f"{title}\nloss along the weight vector of output unit {digit}")
+    figure.suptitle(
+        f"{title}\nloss of 5,000 training images along the weight vector of output unit {digit}"
+    )
     return figure
 
 
@@ -713,9 +715,11 @@ def main(config: Config) -> dict:
             results["confusion_matrix"], data.class_names, title
         ),
         "part1_mistakes": mistakes_figure(data, probabilities, title),
-        "part1_flattening": flattening_figure(data, title),
+        "part1_flattening": flattening_figure(data, f"{data.name}: what flattening loses"),
         "part1_loss_vs_weight": loss_vs_weight_figure(model, data, title),
-        "part1_first_layer": first_layer_figure(model, title),
+        "part1_first_layer": first_layer_figure(
+            model, f"{title}\nthe 32 strongest weight vectors of the first layer"
+        ),
     }
     for name, figure in figures.items():
         save_figure(figure, images_dir / f"{name}.png")

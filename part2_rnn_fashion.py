@@ -65,10 +65,10 @@ class Config:
     dropout: float = 0.2  # share zeroed in training, between layers and before the classifier
     epochs: int = 12  # passes over the training split
     batch_size: int = 256  # images in one gradient step
-    lr: float = 2e-3  # peak learning rate; it warms up to this, then falls to zero
+    lr: float = 4e-3  # peak learning rate; it warms up to this, then falls to zero
     weight_decay: float = 0.01  # AdamW's pull of the weights towards zero
     label_smoothing: float = 0.0  # share of each target spread over all ten classes
-    augment: float = 0.0  # in training: mirrored at random, and moved by up to this many pixels
+    augment: float = 0.5  # 0: off; 0.5: mirrored at random; n: also moved by up to n pixels
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products in training
     seed: int = 0  # of the split, the weights, the batches, dropout and augmentation
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else the CPU
@@ -216,7 +216,8 @@ class Augment(nn.Module):
     """Mirror each image left to right with probability 1/2, and move it by some whole pixels.
 
     Args:
-        strength: the largest shift in pixels, in each direction; 0 returns the images as they came.
+        strength: 0 returns the images as they came; below 1 mirrors only; from 1 on it is also the
+            largest shift in whole pixels, in each direction.
 
     Shapes: (B, 28, 28) -> (B, 28, 28)
     """
@@ -248,11 +249,12 @@ class Augment(nn.Module):
 class Recurrence(torch.autograd.Function):
     """h_t = tanh(p_t + W_hh h_{t-1}) for all t, with back-propagation through time by hand.
 
-    p (T, B, H) is the projected input W_ih x_t + b_ih + b_hh of every step. The gradients follow
-    from tanh' = 1 - tanh^2. With g_t = dL/dh_t and delta_t = dL/d(p_t + W_hh h_{t-1}):
+    p (T, B, H) is the projected input W_ih x_t + b_ih + b_hh of every step; returns all the states
+    (T, B, H) and the last one (B, H). The gradients follow from tanh' = 1 - tanh^2 (Werbos 1990).
+    With g_t = dL/dh_t, what later steps send back included, and delta_t = dL/dp_t:
 
-        delta_t = g_t * (1 - h_t^2)           g_{t-1} = dL/doutput_{t-1} + W_hh^T delta_t
-        dL/dp_t = delta_t                     dL/dW_hh = sum over t of delta_t h_{t-1}^T
+        delta_t = g_t * (1 - h_t^2)          g_{t-1} = dL/doutput_{t-1} + W_hh^T delta_t
+                                             dL/dW_hh = sum over t of delta_t h_{t-1}^T
 
     Autograd alone would add up dL/dW_hh in T small products; here it is one large one.
     """
@@ -260,28 +262,27 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, p: Tensor, weight_hh: Tensor, h_0: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         states = torch.empty_like(p)  # (T, B, H)
         h = h_0
         for t in range(len(p)):
             h = torch.addmm(p[t], h, weight_hh.T, out=states[t]).tanh_()  # (B, H)
         ctx.save_for_backward(states, weight_hh, h_0)
-        return states
+        return states, h.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_states: Tensor
+        ctx: torch.autograd.function.FunctionCtx, grad_states: Tensor, grad_last: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         states, weight_hh, h_0 = ctx.saved_tensors
-        delta = 1 - states**2  # (T, B, H)
-        g = grad_states[-1]
-        for t in range(len(states) - 1, 0, -1):
-            g = torch.addmm(grad_states[t - 1], delta[t].mul_(g), weight_hh)  # (B, H)
-        g = delta[0].mul_(g) @ weight_hh
-        before = torch.cat([h_0[None], states[:-1]])  # (T, B, H): h_{t-1} of every step
-        grad_weight_hh = delta.flatten(0, 1).T @ before.flatten(0, 1)  # (H, TB) (TB, H)
-        return delta, grad_weight_hh, g
+        delta = torch.empty_like(states)  # (T, B, H)
+        g = grad_states[-1] + grad_last  # (B, H)
+        for t in reversed(range(len(states))):
+            torch.ops.aten.tanh_backward.grad_input(g, states[t], grad_input=delta[t])  # in one go
+            g = delta[t] @ weight_hh if t == 0 else grad_states[t - 1].addmm(delta[t], weight_hh)
+        grad_weight_hh = delta[1:].flatten(0, 1).T @ states[:-1].flatten(0, 1)  # (H, H)
+        return delta, grad_weight_hh.addmm_(delta[0].T, h_0), g
 
 
 class TanhRNN(nn.Module):
@@ -326,7 +327,7 @@ class TanhRNN(nn.Module):
                     self.register_parameter(f"{name}_l{layer}{direction}", parameter)
 
     def forward(self, x: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = x.transpose(0, 1)  # (B, T, I) -> (T, B, I): each step's rows lie together in memory
+        x = x.transpose(0, 1).contiguous()  # (B, T, I) -> (T, B, I): a step's rows lie together
         h_n = []
         for layer in range(self.num_layers):
             if layer > 0:
@@ -340,10 +341,12 @@ class TanhRNN(nn.Module):
                 p = F.linear(x, weight_ih, bias_ih + bias_hh)  # (T, B, H): all steps in one product
                 start = p.new_zeros(p.shape[1:]) if h_0 is None else h_0[len(h_n)].to(p.dtype)
                 p = p.flip(0) if direction else p  # from the last step to the first
-                states = Recurrence.apply(p, weight_hh.to(p.dtype), start)  # (T, B, H)
-                h_n.append(states[-1])
+                states, last = Recurrence.apply(
+                    p, weight_hh.to(p.dtype), start
+                )  # (T, B, H), (B, H)
+                h_n.append(last)
                 outputs.append(states.flip(0) if direction else states)
-            x = torch.cat(outputs, 2)  # (T, B, directions * H)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)  # (T, B, directions H)
         return x.transpose(0, 1), torch.stack(h_n)
 
 
@@ -360,8 +363,7 @@ class RowRNN(nn.Module):
         self.encoder = nn.Identity()
         if config.encoder_size > 0:
             self.encoder = nn.Sequential(
-                *(nn.Linear(width, config.encoder_size), nn.LayerNorm(config.encoder_size)),
-                *(nn.ReLU(), nn.Dropout(config.dropout)),
+                nn.Linear(width, config.encoder_size), nn.LayerNorm(config.encoder_size), nn.ReLU()
             )
             width = config.encoder_size
         self.rnn = TanhRNN(
@@ -798,8 +800,10 @@ def main(config: Config) -> dict:
             results["confusion_matrix"], data.class_names, title
         ),
         "part2_mistakes": mistakes_figure(data, probabilities, title),
-        "part2_belief_by_row": belief_figure(model, data, title),
-        "part2_gradient_by_step": gradient_figure(gradients, title),
+        "part2_belief_by_row": belief_figure(model, data, f"{title}\nwhat it believes row by row"),
+        "part2_gradient_by_step": gradient_figure(
+            gradients, f"{title}\nhow much the pixels of each step move the loss"
+        ),
     }
     for name, figure in figures.items():
         save_figure(figure, images_dir / f"{name}.png")

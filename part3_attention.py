@@ -47,10 +47,10 @@ class Config:
     """Every setting of a run. Edit a default here, or pass the flag of the same name."""
 
     d_model: int = 64  # numbers that stand for one token
-    n_head: int = 8  # query heads, of d_model / n_head numbers each
-    n_kv_head: tuple[int, ...] = (8, 2, 1)  # the variants, by key/value heads: MHA, GQA, MQA
+    n_head: int = 16  # query heads, of d_model / n_head numbers each
+    n_kv_head: tuple[int, ...] = (16, 4, 1)  # the variants, by key/value heads: MHA, GQA, MQA
     seq_len: int = 8  # tokens in a sequence
-    steps: int = 1500  # gradient steps for each variant
+    steps: int = 1000  # gradient steps for each variant
     batch_size: int = 256  # sequences in one gradient step, drawn fresh each time
     lr: float = 3e-3  # peak learning rate; it warms up to this, then falls to zero
     weight_decay: float = 0.01  # AdamW's pull of the weights towards zero
@@ -117,10 +117,11 @@ def draw_sequences(n: int, seq_len: int, generator: torch.Generator) -> Sequence
     def permutations() -> Tensor:  # the order of random numbers is a random permutation
         return torch.rand(shape, generator=generator, device=device).argsort(1)
 
-    def positions() -> Tensor:
-        return torch.randint(seq_len, shape, generator=generator, device=device)
-
-    name_a, name_b, where_a, where_b = permutations(), permutations(), positions(), positions()
+    name_a, name_b = permutations(), permutations()
+    where_a = torch.randint(seq_len, shape, generator=generator, device=device)
+    # Another token than where_a: the same one twice would make even labels likelier than odd.
+    further = torch.randint(1, seq_len, shape, generator=generator, device=device)
+    where_b = (where_a + further) % seq_len
     digit = torch.randint(10, shape, generator=generator, device=device)
     wanted_a, wanted_b = name_a.gather(1, where_a), name_b.gather(1, where_b)
     label = (digit.gather(1, where_a) + digit.gather(1, where_b)) % 10
@@ -160,7 +161,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tu
     # The queries of a group lie one below the other and meet their keys in one matrix product:
     # keys and values are read once and never copied out to n_head heads.
     grouped = q.reshape(B, n_kv_head, -1, d) * d**-0.5  # (B, n_kv_head, group T, d)
-    scores = (grouped @ k.mT).view(B, n_head, T, S)
+    # (q k^T) as (k q^T)^T: with one query, as in decoding, the long side first is the faster way.
+    scores = (k @ grouped.mT).mT.reshape(B, n_head, T, S)
     if mask is not None:  # the lowest finite number, not -inf: an empty row must not become NaN
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1)  # (B, n_head, T, S); subtracts each row's maximum before exp
@@ -543,29 +545,39 @@ def learning_figure(runs: dict[str, Trained], title: str) -> Figure:
     return figure
 
 
-def heatmap_figure(nets: dict[str, LookupNet], data: Sequences, shares: dict, title: str) -> Figure:
+def heatmap_figure(
+    nets: dict[str, LookupNet], data: Sequences, shares: dict[str, Tensor], title: str
+) -> Figure:
     """Every head of every variant on one test sequence, beside the two true lookups."""
     one = Sequences(*(field[:1] for field in data))
     T, n_head = one.label.shape[1], next(iter(nets.values())).attention.n_head
-    figure = Figure(figsize=(1.35 * (n_head + 2), 1.75 * len(nets) + 0.6), layout="constrained")
-    grid = figure.subplots(len(nets), n_head + 2, squeeze=False)
-    for row, (name, net) in zip(grid, nets.items(), strict=True):
+    columns = 1 + math.ceil(n_head / 2)  # two rows for each variant: a truth, then half the heads
+    size = (1.25 * columns + 0.8, 3.1 * len(nets) + 1)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(2 * len(nets), columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    for i, (name, net) in enumerate(nets.items()):
         weights = answer(net, one)[1][0].cpu()  # (n_head, T, T)
-        truths = [F.one_hot(where[0].cpu(), T) for where in (one.where_a, one.where_b)]
-        titles = ["1st lookup\n(truth)", "2nd lookup\n(truth)"]
-        for head in range(n_head):
+        rows = grid[2 * i : 2 * i + 2]
+        pictures = {}
+        for axes, where, which in zip(
+            rows[:, 0], (one.where_a, one.where_b), ("1st", "2nd"), strict=True
+        ):
+            pictures[axes] = F.one_hot(where[0].cpu(), T), f"truth,\n{which} lookup"
+            axes.set_ylabel(name, fontsize=11)
+        for head, axes in zip(range(n_head), rows[:, 1:].ravel(), strict=False):
             share = shares[name][:, head]
-            which = int(share.argmax())
-            titles.append(f"head {head}\n{('1st', '2nd')[which]}: {share[which]:.0%}")
-        for axes, picture, heading in zip(row, [*truths, *weights], titles, strict=True):
+            which = ("1st", "2nd")[int(share.argmax())]
+            pictures[axes] = weights[head], f"head {head}\n{which}: {share.max():.0%}"
+        for axes, (picture, heading) in pictures.items():
             shown = axes.imshow(picture, cmap="viridis", vmin=0, vmax=1)
             axes.set_title(heading, fontsize=9)
-            axes.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=12)
-    figure.colorbar(shown, ax=grid, label="weight", shrink=0.7)
+    figure.colorbar(shown, ax=grid, label="weight", shrink=0.4)
     figure.suptitle(
-        f"{title}\nrows: the token that asks; columns: the token it looks at; under each head, the "
-        "lookup it serves best and how often it is right"
+        f"{title}\nrow: the token that asks; column: the token looked at; heading: the lookup that "
+        "a head serves best, and how often it is right",
+        fontsize=11,
     )
     return figure
 

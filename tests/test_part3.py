@@ -219,7 +219,8 @@ def test_classes_are_balanced_and_splits_are_disjoint():
         for split in ("train", "validation", "test", "study")
     }
     counts = drawn["test"].label.flatten().bincount()
-    assert len(counts) == 10 and counts.min() > 1300 and counts.max() < 1900  # 1,600 each expected
+    assert len(counts) == 10  # 1,600 of each expected, with a standard deviation of 38
+    assert counts.min() > 1450 and counts.max() < 1750
     rows = [{tuple(row) for row in torch.cat(data[:5], 1).tolist()} for data in drawn.values()]
     assert sum(map(len, rows)) == 8000 == len(set.union(*rows))
     again = part3.draw_sequences(2000, 8, part3.generator_for("test", 0, CPU))
@@ -242,9 +243,9 @@ def test_wide_mqa_gets_the_parameters_back_but_no_more():
     def size(*shape):
         return sum(p.numel() for p in GroupedQueryAttention(*shape).parameters())
 
-    mha, wide = size(64, 8, 8), size(64, 8, 1, part3.wide_head_dim(config))
-    assert 0.95 * mha < wide <= mha
-    assert size(64, 8, 1, part3.wide_head_dim(config) + 1) > mha
+    mha, wide = size(64, 16, 16), size(64, 16, 1, part3.wide_head_dim(config))
+    assert 0.9 * mha < wide <= mha
+    assert size(64, 16, 1, part3.wide_head_dim(config) + 1) > mha
 
 
 def test_same_seed_same_bits_other_seed_other_bits():
