@@ -518,7 +518,7 @@ def draw_confusion(axes: Axes, matrix: np.ndarray, class_names: list[str], title
 def confusions_figure(matrices: dict[str, np.ndarray], title: str) -> Figure:
     """The confusion matrix of every variant, two in a row."""
     rows = math.ceil(len(matrices) / 2)
-    figure = Figure(figsize=(13, 6.6 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 5.7 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes in grid[len(matrices) :]:
         axes.axis("off")
