@@ -64,7 +64,7 @@ class Config:
     orthogonal: bool = True  # start W_hh as a rotation, which keeps the length of the state
     dropout: float = 0.2  # share zeroed in training, between layers and before the classifier
     epochs: int = 12  # passes over the training split
-    batch_size: int = 64  # images in one gradient step
+    batch_size: int = 256  # images in one gradient step
     lr: float = 4e-3  # peak learning rate; it warms up to this, then falls to zero
     weight_decay: float = 0.01  # AdamW's pull of the weights towards zero
     label_smoothing: float = 0.0  # share of each target spread over all ten classes
