@@ -12,7 +12,8 @@ The mean and the maximum of h over the rows then give one score (logit) for each
     python part2_rnn_fashion.py --help     # every setting below, as a flag
 
 It prints one row for each epoch, then accuracy, precision, recall and F1 on the 10,000 test images,
-and saves its figures in images/. RESULT_LINE
+and saves its figures in images/. Expect 89.8 % test accuracy (89.76 +- 0.14 over seeds 0, 1, 2),
+after 95 s of training on two cores of an AMD EPYC (Zen 5).
 
 References: Elman 1990 (the recurrent layer; with two biases, as in torch.nn.RNN); Werbos 1990
 (back-propagation through time); Pascanu, Mikolov & Bengio 2013 (why gradients fade or explode);
