@@ -259,19 +259,20 @@ class Recurrence(torch.autograd.Function):
         delta_t = g_t * (1 - h_t^2)          g_{t-1} = dL/doutput_{t-1} + W_hh^T delta_t
                                              dL/dW_hh = sum over t of delta_t h_{t-1}^T
 
-    Autograd alone would add up dL/dW_hh in T small products; here it is one large one.
+    Autograd alone would add up dL/dW_hh in T small products; here it is one large one. The states
+    overwrite p, and delta overwrites the sum of its gradients: less memory is read and written.
     """
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, p: Tensor, weight_hh: Tensor, h_0: Tensor
     ) -> tuple[Tensor, Tensor]:
-        states = torch.empty_like(p)  # (T, B, H)
         h = h_0
-        for t in range(len(p)):
-            h = torch.addmm(p[t], h, weight_hh.T, out=states[t]).tanh_()  # (B, H)
-        ctx.save_for_backward(states, weight_hh, h_0)
-        return states, h.clone()
+        for p_t in p:
+            h = p_t.addmm_(h, weight_hh.T).tanh_()  # (B, H), in p's own memory
+        ctx.mark_dirty(p)
+        ctx.save_for_backward(p, weight_hh, h_0)
+        return p, h.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -279,13 +280,14 @@ class Recurrence(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad_states: Tensor, grad_last: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         states, weight_hh, h_0 = ctx.saved_tensors
-        delta = torch.empty_like(states)  # (T, B, H)
-        g = grad_states[-1] + grad_last  # (B, H)
+        delta = grad_states.clone(memory_format=torch.contiguous_format)  # (T, B, H), g at first
+        delta[-1] += grad_last
         for t in reversed(range(len(states))):
-            torch.ops.aten.tanh_backward.grad_input(g, states[t], grad_input=delta[t])  # in one go
-            g = delta[t] @ weight_hh if t == 0 else grad_states[t - 1].addmm(delta[t], weight_hh)
+            torch.ops.aten.tanh_backward.grad_input(delta[t], states[t], grad_input=delta[t])
+            if t > 0:
+                delta[t - 1].addmm_(delta[t], weight_hh)
         grad_weight_hh = delta[1:].flatten(0, 1).T @ states[:-1].flatten(0, 1)  # (H, H)
-        return delta, grad_weight_hh.addmm_(delta[0].T, h_0), g
+        return delta, grad_weight_hh.addmm_(delta[0].T, h_0), delta[0] @ weight_hh
 
 
 class TanhRNN(nn.Module):
