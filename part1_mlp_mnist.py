@@ -24,6 +24,7 @@ import http.client
 import io
 import math
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -103,6 +104,7 @@ MIRRORS = [
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://raw.githubusercontent.com/fgnt/mnist/master/",
 ]
+TIMEOUT = 20  # seconds without a byte: a mirror that hangs must not hang the run
 MD5 = {  # of the unpacked files
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -138,33 +140,38 @@ def damaged_files(folder: Path) -> list[Path]:
 
 
 def fetch(data_dir: Path) -> bool:
-    """Make sure that the whole, undamaged dataset lies in `data_dir`; download what is not there.
+    """Make sure that the whole, undamaged dataset lies in `data_dir`; download what does not.
+
+    Downloads go to a temporary folder and are moved in when whole, so that nobody ever meets half a
+    file. A damaged file that is replaced stays beside it as *.damaged.
 
     Returns False if files are missing and no mirror could be reached.
     Raises UserError if a file is damaged and cannot be replaced, or the folder cannot be written.
     """
     folder = data_dir / DATASET.__name__ / "raw"
-    missing = damaged_files(folder)
-    if not missing:
+    wanting = damaged_files(folder)
+    if not wanting:
         return True
     require_writable(folder, "--data-dir")
-    damaged = [path for path in missing if path.exists()]
-    for path in damaged:  # torchvision only looks whether a file is there: move a bad one away
-        path.replace(f"{path}.damaged")
-    socket.setdefaulttimeout(20)  # seconds: a mirror that hangs must not hang the run
-    for mirror in MIRRORS:
-        DATASET.mirrors = [mirror]
-        try:
-            DATASET(data_dir, download=True)  # with a progress bar, and a checksum for each file
-        except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
-            print(f"{mirror} failed: {' '.join(str(error).split())[:150]}", file=sys.stderr)
-        if not damaged_files(folder):
+    socket.setdefaulttimeout(TIMEOUT)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
+        fresh = Path(temporary) / DATASET.__name__ / "raw"
+        for mirror in MIRRORS:
+            DATASET.mirrors = [mirror]
+            try:
+                DATASET(temporary, download=True)  # with a progress bar, and checksums
+            except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
+                print(f"{mirror} failed: {' '.join(str(error).split())[:150]}", file=sys.stderr)
+            if damaged_files(fresh):
+                continue
+            for path in wanting:
+                if path.exists():
+                    path.replace(f"{path}.damaged")
+                (fresh / path.name).replace(path)
             return True
+    damaged = ", ".join(str(path) for path in wanting if path.exists())
     if damaged:
-        names = ", ".join(map(str, damaged))
-        raise UserError(
-            f"{names}: damaged, and no mirror could replace it; the file is kept as *.damaged"
-        )
+        raise UserError(f"{damaged}: damaged or unreadable, and no mirror could replace it")
     return False
 
 
@@ -738,8 +745,10 @@ def main(config: Config) -> dict:
 
 def command_line() -> int:
     """Run `main` with the flags given; what a user can cause ends in one line, not a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         main(tyro.cli(Config))
+        sys.stdout.flush()  # here, where a failure can still be told
         return 0
     except UserError as error:
         problem = str(error)
@@ -747,9 +756,9 @@ def command_line() -> int:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         problem = "out of memory: try a smaller --batch-size, or a smaller net"
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
+    except OSError as error:  # the output's disk is full, or its reader has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        problem = f"stopped, for a file or the output failed ({error.strerror})"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -26,6 +26,7 @@ import http.client
 import io
 import math
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -65,12 +66,12 @@ class Config:
     encoder_size: int = 128  # each step's pixels are first encoded as this many numbers; 0: not
     readout: Literal["pool", "last"] = "pool"  # classify mean and max of the states, or the last
     orthogonal: bool = True  # start W_hh as a rotation, which keeps the length of the state
-    dropout: float = 0.2  # share zeroed in training, between layers and before the classifier
-    epochs: int = 12  # passes over the training split
-    batch_size: int = 256  # images in one gradient step
-    lr: float = 4e-3  # peak learning rate; it warms up to this, then falls to zero
+    dropout: float = 0.1  # share zeroed in training, between layers and before the classifier
+    epochs: int = 14  # passes over the training split
+    batch_size: int = 128  # images in one gradient step
+    lr: float = 3e-3  # peak learning rate; it warms up to this, then falls to zero
     weight_decay: float = 0.01  # AdamW's pull of the weights towards zero
-    label_smoothing: float = 0.0  # share of each target spread over all ten classes
+    label_smoothing: float = 0.05  # share of each target spread over all ten classes
     augment: float = 0.5  # 0: off; 0.5: mirrored at random; n: also moved by up to n pixels
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products in training
     seed: int = 0  # of the split, the weights, the batches, dropout and augmentation
@@ -114,6 +115,7 @@ MIRRORS = [
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
 ]
+TIMEOUT = 20  # seconds without a byte: a mirror that hangs must not hang the run
 MD5 = {  # of the unpacked files; MNIST's bear the same names, so only this tells them apart
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -149,33 +151,38 @@ def damaged_files(folder: Path) -> list[Path]:
 
 
 def fetch(data_dir: Path) -> bool:
-    """Make sure that the whole, undamaged dataset lies in `data_dir`; download what is not there.
+    """Make sure that the whole, undamaged dataset lies in `data_dir`; download what does not.
+
+    Downloads go to a temporary folder and are moved in when whole, so that nobody ever meets half a
+    file. A damaged file that is replaced stays beside it as *.damaged.
 
     Returns False if files are missing and no mirror could be reached.
     Raises UserError if a file is damaged and cannot be replaced, or the folder cannot be written.
     """
     folder = data_dir / DATASET.__name__ / "raw"
-    missing = damaged_files(folder)
-    if not missing:
+    wanting = damaged_files(folder)
+    if not wanting:
         return True
     require_writable(folder, "--data-dir")
-    damaged = [path for path in missing if path.exists()]
-    for path in damaged:  # torchvision only looks whether a file is there: move a bad one away
-        path.replace(f"{path}.damaged")
-    socket.setdefaulttimeout(20)  # seconds: a mirror that hangs must not hang the run
-    for mirror in MIRRORS:
-        DATASET.mirrors = [mirror]
-        try:
-            DATASET(data_dir, download=True)  # with a progress bar, and a checksum for each file
-        except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
-            print(f"{mirror} failed: {' '.join(str(error).split())[:150]}", file=sys.stderr)
-        if not damaged_files(folder):
+    socket.setdefaulttimeout(TIMEOUT)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
+        fresh = Path(temporary) / DATASET.__name__ / "raw"
+        for mirror in MIRRORS:
+            DATASET.mirrors = [mirror]
+            try:
+                DATASET(temporary, download=True)  # with a progress bar, and checksums
+            except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
+                print(f"{mirror} failed: {' '.join(str(error).split())[:150]}", file=sys.stderr)
+            if damaged_files(fresh):
+                continue
+            for path in wanting:
+                if path.exists():
+                    path.replace(f"{path}.damaged")
+                (fresh / path.name).replace(path)
             return True
+    damaged = ", ".join(str(path) for path in wanting if path.exists())
     if damaged:
-        names = ", ".join(map(str, damaged))
-        raise UserError(
-            f"{names}: damaged, and no mirror could replace it; the file is kept as *.damaged"
-        )
+        raise UserError(f"{damaged}: damaged or unreadable, and no mirror could replace it")
     return False
 
 
@@ -720,6 +727,10 @@ def study(data: Data, config: Config, rnn_row: dict, images_dir: Path) -> dict[s
             f"{row['seconds_per_epoch']:16.1f}"
         )
 
+    print("\nlast state read out: gradient of the first row, over the last row's")
+    for name, norms in gradients.items():
+        print(f"{name:32}  {norms[0] / norms[-1]:.1e}")
+
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     by_step, by_second = figure.subplots(1, 2, sharey=True)
     for name in ("batch 64", "batch 640"):
@@ -824,8 +835,10 @@ def main(config: Config) -> dict:
 
 def command_line() -> int:
     """Run `main` with the flags given; what a user can cause ends in one line, not a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         main(tyro.cli(Config))
+        sys.stdout.flush()  # here, where a failure can still be told
         return 0
     except UserError as error:
         problem = str(error)
@@ -833,9 +846,9 @@ def command_line() -> int:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         problem = "out of memory: try a smaller --batch-size, or a smaller net"
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
+    except OSError as error:  # the output's disk is full, or its reader has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        problem = f"stopped, for a file or the output failed ({error.strerror})"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -21,6 +21,7 @@ and section 2.1: from MHA to GQA).
 import io
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -851,8 +852,10 @@ def main(config: Config) -> dict[str, dict]:
 
 def command_line() -> int:
     """Run `main` with the flags given; what a user can cause ends in one line, not a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         main(tyro.cli(Config))
+        sys.stdout.flush()  # here, where a failure can still be told
         return 0
     except UserError as error:
         problem = str(error)
@@ -860,9 +863,9 @@ def command_line() -> int:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         problem = "out of memory: try a smaller --batch-size, or a smaller net"
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
+    except OSError as error:  # the output's disk is full, or its reader has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        problem = f"stopped, for a file or the output failed ({error.strerror})"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
