@@ -498,7 +498,7 @@ def mistakes_figure(data: Data, probabilities: Tensor, title: str) -> Figure:
     for axes in grid:
         axes.axis("off")
     for axes, i in zip(grid, worst, strict=False):
-        axes.imshow(data.test_images[i].cpu(), cmap="gray")
+        axes.imshow(data.test_images[i].numpy(force=True), cmap="gray")
         truth, answer = data.class_names[data.test_labels[i]], data.class_names[predicted[i]]
         axes.set_title(f"true: {truth}\nsaid: {answer} ({confidence[i]:.1%})", fontsize=9)
     figure.suptitle(f"{title}: {len(wrong)} wrong of {len(predicted)}, the most confident")
@@ -507,7 +507,7 @@ def mistakes_figure(data: Data, probabilities: Tensor, title: str) -> Figure:
 
 def flattening_figure(data: Data, title: str) -> Figure:
     """A digit as 28 x 28 pixels and as the row of 784 numbers that the first layer sees."""
-    image = data.test_images[0].cpu()
+    image = data.test_images[0].numpy(force=True)
     row, col = divmod(int(image.argmax()), 28)
     row = min(row, 26)
     a, b = 28 * row + col, 28 * (row + 1) + col  # two neighbours, one above the other
@@ -516,8 +516,8 @@ def flattening_figure(data: Data, title: str) -> Figure:
     picture.imshow(image, cmap="gray")
     picture.scatter([col, col], [row, row + 1], s=30, c=["C1", "C0"], edgecolors="white")
     picture.set(xlabel="column", ylabel="row", title="28 x 28: the marked pixels touch")
-    flat.plot(image.view(784), color="grey", linewidth=0.7)
-    marks = image.view(784)[[a, b]]
+    flat.plot(image.ravel(), color="grey", linewidth=0.7)
+    marks = image.ravel()[[a, b]]
     flat.scatter([a, b], marks, s=50, c=["C1", "C0"], edgecolors="white", zorder=3)
     for edge in range(0, 785, 28):
         flat.axvline(edge - 0.5, color="grey", linewidth=0.3)
@@ -560,7 +560,7 @@ def loss_vs_weight_figure(model: MLP, data: Data, title: str) -> Figure:
         end = max(4 * length.item(), *(x for x, _ in path))
         curve = torch.linspace(-4 * length.item(), end, 100, device=features.device)
         with torch.no_grad():
-            axes.plot(curve.cpu(), [loss(x).item() for x in curve], color="grey", label="loss")
+            axes.plot(curve.tolist(), [loss(x).item() for x in curve], color="grey", label="loss")
         axes.plot(*zip(*path, strict=True), "o-", color="C1", markersize=4, label="20 steps")
         axes.axvline(0, color="grey", linestyle=":", label="trained weights")
         axes.set(xlabel="alpha: distance from the trained weights", title=f"learning rate {lr:g}")
@@ -574,15 +574,15 @@ def loss_vs_weight_figure(model: MLP, data: Data, title: str) -> Figure:
 
 def first_layer_figure(model: MLP, title: str) -> Figure:
     """The 32 first-layer weight vectors with the largest norms, as 28 x 28 pictures."""
-    weight = model.layers[0].weight.detach().cpu()  # (units, 784)
-    strongest = weight.norm(dim=1).argsort(descending=True)[:32]
+    weight = model.layers[0].weight.numpy(force=True)  # (units, 784)
+    strongest = np.linalg.norm(weight, axis=1).argsort()[::-1][:32]
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     grid = figure.subplots(4, 8)
-    limit = weight[strongest].abs().max()
+    limit = np.abs(weight[strongest]).max()
     for axes in grid.flat:
         axes.axis("off")
-    for axes, unit in zip(grid.flat, strongest.tolist(), strict=False):
-        picture = axes.imshow(weight[unit].view(28, 28), cmap="coolwarm", vmin=-limit, vmax=limit)
+    for axes, unit in zip(grid.flat, strongest, strict=False):
+        picture = axes.imshow(weight[unit].reshape(28, 28), cmap="coolwarm", vmin=-limit, vmax=limit)
     figure.colorbar(picture, ax=grid, label="weight", shrink=0.8)
     figure.suptitle(title)
     return figure
@@ -661,8 +661,8 @@ def study(data: Data, config: Config, images_dir: Path) -> dict[str, dict]:
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     before, after, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
-    before.imshow(data.val_images[0].cpu(), cmap="gray")
-    after.imshow(shuffled.val_images[0].cpu(), cmap="gray")
+    before.imshow(data.val_images[0].numpy(force=True), cmap="gray")
+    after.imshow(shuffled.val_images[0].numpy(force=True), cmap="gray")
     pair = {"in place": found["2 hidden"], "shuffled": found["2, shuffled"]}
     for axis, (name, row) in zip((before, after), pair.items(), strict=True):
         axis.set(title=f"pixels {name}: {row['accuracy']:.2%}", xlabel="column", ylabel="row")

@@ -565,13 +565,13 @@ def heatmap_figure(
     for axes in grid.ravel():
         axes.set(xticks=[], yticks=[], frame_on=False)
     for i, (name, net) in enumerate(nets.items()):
-        weights = answer(net, one)[1][0].cpu()  # (n_head, T, T)
+        weights = answer(net, one)[1][0].numpy(force=True)  # (n_head, T, T)
         rows = grid[2 * i : 2 * i + 2]
         pictures = {}
         for axes, where, which in zip(
             rows[:, 0], (one.where_a, one.where_b), ("1st", "2nd"), strict=True
         ):
-            pictures[axes] = F.one_hot(where[0].cpu(), T), f"truth,\n{which} lookup"
+            pictures[axes] = F.one_hot(where[0], T).numpy(force=True), f"truth,\n{which} lookup"
             axes.set_ylabel(name, fontsize=11)
         for head, axes in zip(range(n_head), rows[:, 1:].ravel(), strict=False):
             share = shares[name][:, head]
@@ -650,24 +650,25 @@ def qkv_figure(net: LookupNet, data: Sequences, head: int, title: str) -> Figure
     q, k, v = net.attention.heads(x)  # (1, heads, T, d)
     output, weights = attention(q, k, v)
     group = net.attention.n_head // net.attention.n_kv_head
-    q, k, v = q[0, head].cpu(), k[0, head // group].cpu(), v[0, head // group].cpu()  # (T, d)
+    q, k, v = q[0, head], k[0, head // group], v[0, head // group]  # (T, d)
     panels = {
         "Q: what each token wants": q,
         "K: what each token is called": k,
         "V: what each token has to give": v,
         "scores = Q K^T / sqrt(d)": q @ k.T / math.sqrt(q.shape[1]),
-        "weights = softmax of each row": weights[0, head].cpu(),
-        "output = weights V": output[0, head].cpu(),
+        "weights = softmax of each row": weights[0, head],
+        "output = weights V": output[0, head],
     }
     figure = Figure(figsize=(13, 8.6), layout="constrained")
     for axes, (name, matrix) in zip(figure.subplots(2, 3).ravel(), panels.items(), strict=True):
-        limit = matrix.abs().max()
+        matrix = matrix.numpy(force=True)
+        limit = np.abs(matrix).max()
         colours = {"cmap": "coolwarm", "vmin": -limit, "vmax": limit}
         if name.startswith("weights"):
             colours = {"cmap": "viridis", "vmin": 0, "vmax": 1}
         axes.imshow(matrix, aspect="auto", **colours)
         axes.set_xticks(range(matrix.shape[1]))
-        for (row, col), value in np.ndenumerate(matrix.numpy()):
+        for (row, col), value in np.ndenumerate(matrix):
             dark = value < 0.6 if name.startswith("weights") else abs(value) > 0.7 * limit
             colour = "white" if dark else "black"
             axes.text(col, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9)
