@@ -582,7 +582,9 @@ def first_layer_figure(model: MLP, title: str) -> Figure:
     for axes in grid.flat:
         axes.axis("off")
     for axes, unit in zip(grid.flat, strongest, strict=False):
-        picture = axes.imshow(weight[unit].reshape(28, 28), cmap="coolwarm", vmin=-limit, vmax=limit)
+        picture = axes.imshow(
+            weight[unit].reshape(28, 28), cmap="coolwarm", vmin=-limit, vmax=limit
+        )
     figure.colorbar(picture, ax=grid, label="weight", shrink=0.8)
     figure.suptitle(title)
     return figure

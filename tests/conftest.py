@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-DEAD_PROXY = "http://127.0.0.1:9"  # nothing listens there: every download fails at once
+from forked import DEAD_PROXY, ROOT
 
 
 @pytest.fixture

@@ -60,8 +60,11 @@ def test_gradcheck_of_the_backward_written_by_hand():
     torch.manual_seed(0)
     p, weight_hh, h_0 = (torch.randn(*s, dtype=torch.float64, requires_grad=True)
                          for s in ((5, 3, 4), (4, 4), (3, 4)))  # fmt: skip
-    states = lambda p, *others: part2.Recurrence.apply(p.clone(), *others)  # p is overwritten
-    assert torch.autograd.gradcheck(states, (p, weight_hh, h_0))
+
+    def recurrence(p, weight_hh, h_0):
+        return part2.Recurrence.apply(p.clone(), weight_hh, h_0)  # a clone, for p is overwritten
+
+    assert torch.autograd.gradcheck(recurrence, (p, weight_hh, h_0))
 
 
 def test_one_step_worked_by_hand():

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import tyro
-from conftest import ROOT
+from forked import ROOT
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("README*.md"))}
 each_page = pytest.mark.parametrize("page", PAGES)
