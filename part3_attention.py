@@ -630,7 +630,7 @@ def decode_figure(config: Config, device: torch.device) -> tuple[Figure, dict[in
         left.plot(contexts, [1e6 * s for s in seconds], "o-", label=label)
         cache = [KVCache(4, shared, context, 64, device="meta").nbytes for context in contexts]
         right.plot(contexts, [n / 2**20 for n in cache], "o-", label=label)
-    left.set(ylabel="microseconds for one token")
+    left.set(ylabel="microseconds for one step")
     right.set(ylabel="cache (MiB)")
     for axes in (left, right):
         axes.set(xlabel="tokens in the cache", xscale="log", yscale="log")
@@ -814,10 +814,12 @@ def main(config: Config) -> dict[str, dict]:
         "train s  decode us  alignment"
     )
     for name, row in results.items():
+        decode_time = row["decode_microseconds"]  # NaN for MQA-wide, which is not timed
         print(
             f"{name:8}  {row['accuracy']:8.4f}  {row['precision']:9.4f}  {row['recall']:6.4f}  "
             f"{row['f1']:6.4f}  {row['parameters']:10,}  {row['cache_bytes_per_token']:17,}  "
-            f"{row['train_seconds']:7.1f}  {row['decode_microseconds']:9,.0f}  "
+            f"{row['train_seconds']:7.1f}  "
+            f"{'-' if math.isnan(decode_time) else format(decode_time, ',.0f'):>9}  "
             f"{row['alignment'][0]:.2f} {row['alignment'][1]:.2f}"
         )
     print("decode: one token, batch 4, 32 query heads of 64, 8,192 tokens of context")
