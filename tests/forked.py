@@ -8,19 +8,25 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import resource
 import runpy
 import signal
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEAD_PROXY = "http://127.0.0.1:9"  # nothing listens there: every download fails at once
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["torch", "torchvision", "sklearn.datasets", "sklearn.metrics", "matplotlib.figure", "tyro"]
-)
+
+
+@cache
+def server():
+    """The server process: it starts with the first run. Unix only."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "torchvision", "sklearn.datasets", "sklearn.metrics", "matplotlib.figure", "tyro"]
+    )
+    return context
 
 
 def child(script, flags, cwd, out, err, buffered, limits, changes):
@@ -34,6 +40,8 @@ def child(script, flags, cwd, out, err, buffered, limits, changes):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=not buffered)
     os.chdir(cwd)
+    import resource
+
     for kind, value in limits.items():
         if kind == resource.RLIMIT_AS:  # on top of what the libraries have mapped already
             value += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -59,7 +67,7 @@ class Forked:
         self.out = out or self.err.with_suffix(".out")
         places = (script, flags, cwd, self.out, self.err)
         arguments = (*places, out is not None, limits or {}, changes or {})
-        self.process = CONTEXT.Process(target=child, args=arguments)
+        self.process = server().Process(target=child, args=arguments)
         self.process.start()
 
     def wait_for(self, word, seconds=60):

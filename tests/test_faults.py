@@ -10,7 +10,6 @@ import hashlib
 import http.server
 import json
 import os
-import resource
 import shutil
 import signal
 import struct
@@ -26,6 +25,8 @@ import pytest
 import torch
 from forked import DEAD_PROXY, ROOT, Forked
 from PIL import Image
+
+resource = pytest.importorskip("resource", reason="forks and limits are Unix's")
 
 RUNS = {  # flags for a run of a second or two
     "part1_mlp_mnist": "--hidden 8 --batch-size 64 --epochs 2",
@@ -422,6 +423,7 @@ def test_a_loss_that_is_not_finite(script, tmp_path):
     assert "macro avg" not in out and assert_whole(tmp_path / "images") == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @each_script
 def test_out_of_memory_names_the_setting(script, tmp_path):
     flags = {
@@ -448,6 +450,7 @@ def test_output_into_a_closed_pipe(script, tmp_path):
     assert_whole(tmp_path / "images")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @each_script
 def test_output_onto_a_full_disk(script, tmp_path):
     status, _, err = run(script, tmp_path, *SMALL[script], out=Path("/dev/full"))
