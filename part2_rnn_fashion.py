@@ -267,19 +267,18 @@ class Recurrence(torch.autograd.Function):
                                              dL/dW_hh = sum over t of delta_t h_{t-1}^T
 
     Autograd alone would add up dL/dW_hh in T small products; here it is one large one. The states
-    overwrite p, and delta overwrites the sum of its gradients: less memory is read and written.
+    overwrite a copy of p, and delta a copy of the states' gradient: one tensor each for all steps.
     """
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, p: Tensor, weight_hh: Tensor, h_0: Tensor
     ) -> tuple[Tensor, Tensor]:
-        h = h_0
-        for p_t in p:
-            h = p_t.addmm_(h, weight_hh.T).tanh_()  # (B, H), in p's own memory
-        ctx.mark_dirty(p)
-        ctx.save_for_backward(p, weight_hh, h_0)
-        return p, h.clone()
+        states, h = p.clone(), h_0
+        for state in states:  # (B, H): p_t at first, then h_t in the same memory
+            h = state.addmm_(h, weight_hh.T).tanh_()
+        ctx.save_for_backward(states, weight_hh, h_0)
+        return states, h.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -353,10 +352,8 @@ class TanhRNN(nn.Module):
                 p = F.linear(x, weight_ih, bias_ih + bias_hh)  # (T, B, H): all steps in one product
                 start = p.new_zeros(p.shape[1:]) if h_0 is None else h_0[len(h_n)].to(p.dtype)
                 p = p.flip(0) if direction else p  # from the last step to the first
-                states, last = Recurrence.apply(
-                    p, weight_hh.to(p.dtype), start
-                )  # (T, B, H), (B, H)
-                h_n.append(last)
+                states, h_T = Recurrence.apply(p, weight_hh.to(p.dtype), start)  # (T, B, H), (B, H)
+                h_n.append(h_T)
                 outputs.append(states.flip(0) if direction else states)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)  # (T, B, directions H)
         return x.transpose(0, 1), torch.stack(h_n)
