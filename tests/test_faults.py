@@ -500,7 +500,10 @@ def test_no_warning_of_our_own_from_another_folder_and_a_read_only_checkout(scri
     elsewhere.mkdir()
     shutil.copy(ROOT / f"{script}.py", checkout)
     checkout.chmod(0o555)
-    words = ["-W", "error", Path("..") / "checkout" / f"{script}.py", *SMALL[script]]
+    words = ["-W", "error"]
+    for module in ("matplotlib._fontconfig_pattern", "matplotlib._mathtext", "pyparsing.util"):
+        words += ["-W", f"ignore::DeprecationWarning:{module}"]  # older matplotlib, newer pyparsing
+    words += [Path("..") / "checkout" / f"{script}.py", *SMALL[script]]
     done = run_python(words, elsewhere)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in checkout.iterdir()] == [f"{script}.py"]
