@@ -750,7 +750,7 @@ def command_line() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         main(tyro.cli(Config))
-        sys.stdout.flush()  # here, where a failure can still be told
+        print(end="", flush=True)  # here, where a failure can still be told
         return 0
     except UserError as error:
         problem = str(error)

@@ -82,6 +82,9 @@ class Config:
         check("lr", "above 0 and finite", 0 < self.lr < math.inf)
         check("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf)
         check("seed", "from 0 to 2**62", 0 <= self.seed <= 2**62)
+        fits = self.n_head in self.n_kv_head and len(self.n_kv_head) > 1
+        allowed = f"off, unless n_kv_head holds n_head = {self.n_head} (MHA) and a smaller one"
+        check("study", allowed, fits or not self.study)
 
 
 class UserError(Exception):
@@ -685,7 +688,7 @@ def qkv_figure(net: LookupNet, data: Sequences, head: int, title: str) -> Figure
 
 def study(
     nets: dict[str, LookupNet], results: dict, config: Config, device: torch.device
-) -> tuple[dict, Figure]:
+) -> dict[str, list[float]]:
     """From MHA to fewer heads: pool the trained MHA's heads, then train on for a little.
 
     Each further training is a full one-cycle of 1, 5, 10 or 20 % of the original steps, beside the
@@ -732,7 +735,8 @@ def study(
     print("start        " + "".join(f"{share:>8.0%}" for share in shares))
     for name, accuracies in found.items():
         print(f"{name:13}" + "".join(f"{a:8.4f}" for a in accuracies))
-    return found, figure
+    save_figure(figure, config.images_dir / "part3_study_from_mha.png")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- #
@@ -780,7 +784,7 @@ def main(config: Config) -> dict[str, dict]:
     if 1 in config.n_kv_head and config.n_head > 1:
         variants["MQA-wide"] = (1, wide_head_dim(config))
     decode, decode_times = decode_figure(config, device)
-    nets, runs, results, shares = {}, {}, {}, {}
+    nets, runs, results, shares, interrupted = {}, {}, {}, {}, ""
     for name, (n_kv_head, head_dim) in variants.items():
         torch.manual_seed(config.seed)
         net = LookupNet(config, n_kv_head, head_dim).to(device)
@@ -789,7 +793,14 @@ def main(config: Config) -> dict[str, dict]:
             f"\n{name}: {module.n_head} query heads of {module.head_dim}, {n_kv_head} key/value "
             f"heads; device {device}"
         )
-        run = train_variant(net, config, device)
+        try:
+            run = train_variant(net, config, device)
+        except KeyboardInterrupt:  # it has nothing to score yet; draw what the others have
+            if not results:
+                raise
+            interrupted = f"interrupted before {name} could be scored"
+            print(interrupted, file=sys.stderr)
+            break
         logits, weights = answer(net, test)  # the one look at the test sequences
         shares[name] = alignment(weights, test).cpu()
         results[name] = {"dataset": "two lookups"}
@@ -807,6 +818,7 @@ def main(config: Config) -> dict[str, dict]:
         nets[name], runs[name] = net, run
         print(f"\n{name}, test sequences\n{results[name]['report']}")
         if run.interrupted:
+            interrupted = f"{name} interrupted after step {run.step[-1]}"
             break
 
     print(
@@ -827,9 +839,8 @@ def main(config: Config) -> dict[str, dict]:
     title = "Two lookups, test accuracy: " + ", ".join(
         f"{name} {row['accuracy']:.2%}" for name, row in results.items()
     )
-    interrupted = any(row["interrupted"] for row in results.values())
     if interrupted:
-        title += f" (interrupted after step {row['steps_run']})"
+        title += f" ({interrupted})"
     first = next(iter(nets))
     looker = int(shares[first][0].argmax())
     figures = {
@@ -844,12 +855,12 @@ def main(config: Config) -> dict[str, dict]:
             nets[first], test, looker, f"{first}, head {looker}, one test sequence, step by step"
         ),
     }
-    if config.study and not interrupted and "MHA" in nets and len(config.n_kv_head) > 1:
-        _, figures["part3_study_from_mha"] = study(nets, results, config, device)
     for name, figure in figures.items():
         save_figure(figure, config.images_dir / f"{name}.png")
     if interrupted:
         raise KeyboardInterrupt
+    if config.study:
+        study(nets, results, config, device)
     return results
 
 
@@ -858,7 +869,7 @@ def command_line() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         main(tyro.cli(Config))
-        sys.stdout.flush()  # here, where a failure can still be told
+        print(end="", flush=True)  # here, where a failure can still be told
         return 0
     except UserError as error:
         problem = str(error)

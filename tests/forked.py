@@ -72,8 +72,12 @@ class Forked:
 
     def wait_for(self, word, seconds=60):
         """Return once the output holds `word`."""
+        self.wait_until(lambda: self.out.exists() and word in self.out.read_text(), seconds)
+
+    def wait_until(self, true, seconds=60):
+        """Return once `true()` is."""
         end = time.monotonic() + seconds
-        while word not in (self.out.read_text() if self.out.exists() else ""):
+        while not true():
             assert self.process.is_alive() and time.monotonic() < end, self.err.read_text()
             time.sleep(0.005)
 

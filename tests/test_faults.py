@@ -86,7 +86,10 @@ FIELDS = {
 OTHERS = {
     "part1_mlp_mnist": ["--dropout 1", "--dropout 1.5", "--hidden 512 0", "--batch-size 55001"],
     "part2_rnn_fashion": ["--dropout 1", "--dropout 1.5", "--rows-per-step 3", "--readout first"],
-    "part3_attention": ["--d-model 60", "--n-kv-head 3", "--n-kv-head 4 4", "--n-kv-head 32"],
+    "part3_attention": [
+        *("--d-model 60", "--n-kv-head 3", "--n-kv-head 4 4", "--n-kv-head 32"),
+        *("--study --n-kv-head 16", "--study --n-kv-head 4 1"),  # nothing to pool, or from
+    ],
 }
 REFUSALS = [
     (script, flags)
@@ -378,6 +381,35 @@ def test_ctrl_c_and_sigterm_score_and_draw_the_best_so_far(script, sign, tmp_pat
     assert_one_line(err, "stopped")
     assert "macro avg" in out
     assert assert_whole(tmp_path / "images") >= 5
+
+
+def test_ctrl_c_early_in_a_later_variant_keeps_the_earlier_ones(tmp_path):
+    flags = {"part3_attention": [*SMALL["part3_attention"][:-1], "900"]}
+    status, out, err = stop("part3_attention", tmp_path, "MQA-wide:", flags=flags)
+    assert status == 130, err
+    assert "interrupted before MQA-wide could be scored" in err
+    assert_one_line(err, "stopped")
+    assert "\nMQA  " in out and "\nMQA-wide  " not in out  # the table of variants
+    assert assert_whole(tmp_path / "images") >= 5
+
+
+@each_script
+def test_ctrl_c_in_the_study_leaves_the_figures_of_the_run(script, tmp_path):
+    flags = {"part3_attention": ["--steps", "300", "--n-kv-head", "2", "1"]}
+    flags = flags.get(script, ["--epochs", "20"])
+    running = Forked(script, tmp_path, *SMALL[script], *flags, "--study")
+    last = {"part1": "first_layer", "part2": "gradient_by_step", "part3": "qkv"}[script[:5]]
+    offline = "offline" if script in WITH_DATA else ""
+    path = tmp_path / "images" / offline / f"{script[:5]}_{last}.png"
+    running.wait_until(path.exists)
+    running.send(signal.SIGINT)
+    status, out, err = running.end()
+    assert status == 130, err
+    assert_one_line(err, "stopped")
+    assert "macro avg" in out and "from MHA by pooling" not in out
+    names = [path.name for path in path.parent.iterdir()]
+    assert len(names) >= 5 and not any("study" in name for name in names)
+    assert_whole(tmp_path / "images")
 
 
 @each_script
