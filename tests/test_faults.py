@@ -291,6 +291,24 @@ def test_no_mirror_works(script, address, tmp_path):
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["offline"]
 
 
+@each_with_data
+def test_packed_files_fetched_by_hand_need_no_mirror(script, address, tmp_path):
+    folder = lay_out(script, tmp_path, PACKED)
+    status, out, err = run_with_toy(script, tmp_path, [f"{address}/404/"])
+    assert status == 0, err
+    assert "200 training, 5,000 validation, 100 test images" in out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == TOY | PACKED
+
+
+@each_with_data
+def test_a_damaged_packed_file_is_kept_and_not_used(script, address, tmp_path):
+    files = PACKED | {"t10k-labels-idx1-ubyte.gz": PACKED["train-labels-idx1-ubyte.gz"]}
+    folder = lay_out(script, tmp_path, files)
+    status, out, err = run_with_toy(script, tmp_path, [f"{address}/404/"])
+    assert status == 0 and "WARNING" in err and "sklearn-digits" in out, err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
 BAD_FILES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
     "empty": lambda path: path.write_bytes(b""),
