@@ -76,7 +76,7 @@ class Config:
         fits = all(1 <= n <= self.n_head and self.n_head % n == 0 for n in self.n_kv_head)
         fits = fits and 0 < len(self.n_kv_head) == len(set(self.n_kv_head))
         check("n_kv_head", f"one or more different divisors of n_head = {self.n_head}", fits)
-        check("seq_len", "from 2 to 1024", 2 <= self.seq_len <= 1024)
+        check("seq_len", "from 2 to 128", 2 <= self.seq_len <= 128)  # weights take its square
         check("steps", "from 1 to 10000000", 1 <= self.steps <= 10_000_000)
         check("batch_size", "from 1 to 1000000", 1 <= self.batch_size <= 1_000_000)
         check("lr", "above 0 and finite", 0 < self.lr < math.inf)

@@ -479,7 +479,7 @@ def test_out_of_memory_names_the_setting(script, tmp_path):
     flags = {
         "part1_mlp_mnist": ["--hidden", "65536", "65536"],
         "part2_rnn_fashion": ["--hidden-size", "16384", "--no-orthogonal"],
-        "part3_attention": ["--seq-len", "1024", "--batch-size", "1000000"],
+        "part3_attention": ["--seq-len", "128", "--batch-size", "1000000"],
     }[script]
     limits = {resource.RLIMIT_AS: 2**30}
     status, _, err = run(script, tmp_path, *flags, limits=limits)
