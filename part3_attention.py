@@ -1,49 +1,43 @@
-"""Multi-head, grouped-query and multi-query attention by hand, on a task with a known answer.
+"""Multi-head, grouped-query, multi-query and latent attention by hand, and what each one costs.
 
     attention(Q, K, V) = softmax(Q K^T / sqrt(d)) V             (Vaswani et al. 2017, equation 1)
 
-Every query head has keys and values of its own (MHA), shares them with its group (GQA), or shares
-one set with all the others (MQA). The task: each token wants the digits of two other tokens, which
-it knows by name, and must add them. So it is known beforehand where two heads ought to look.
+A model that writes keeps the keys and values of all earlier tokens: the KV cache. Every query head
+has a key/value head of its own (MHA), shares one with its group (GQA) or with all the others (MQA),
+or makes its own from a few cached numbers (MLA). What does each way save, and what does it cost?
 
-    python part3_attention.py            # train and score MHA, GQA and MQA, time decoding, draw
-    python part3_attention.py --study    # then from MHA to GQA and MQA by pooling heads
+    python part3_attention.py            # train, score and time every variant, draw
+    python part3_attention.py --study    # then many cache sizes, and from MHA to GQA by pooling
     python part3_attention.py --help     # every setting below, as a flag
 
-It prints accuracy, precision, recall and F1 of each variant on 2,000 test sequences, with its
-parameters, cache and times, and saves its figures in images/. Expect 100 % for MHA and GQA and
-82 to 100 % for MQA, by the seed, after 10 s of training each on two cores of an AMD EPYC (Zen 5).
+Expect RESULT
+The lesson ends with `main`; below it stand figures, the study, devices and errors.
 
-References: Vaswani et al. 2017, section 3.2 (MHA); Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA,
-and section 2.1: from MHA to GQA).
+References: Vaswani et al. 2017, section 3.2 (MHA); Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA;
+pooling: section 2.1); DeepSeek-V2, 2024, section 2.1 (MLA); Arora et al. 2023 (recall tasks).
 """
 
+import contextlib
 import io
 import math
 import os
 import signal
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import matplotlib.style
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
-from sklearn.metrics import accuracy_score, classification_report, confusion_matrix
-from torch import Tensor
+from sklearn.metrics import ConfusionMatrixDisplay, classification_report
+from torch import Tensor, nn
 from tqdm import tqdm
-
-# ---------------------------------------------------------------------------------------------- #
-#                                             Config                                             #
-# ---------------------------------------------------------------------------------------------- #
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 
 @dataclass(frozen=True)
@@ -52,839 +46,815 @@ class Config:
 
     d_model: int = 64  # numbers that stand for one token
     n_head: int = 16  # query heads, of d_model / n_head numbers each
-    n_kv_head: tuple[int, ...] = (16, 4, 1)  # the variants, by key/value heads: MHA, GQA, MQA
-    seq_len: int = 8  # tokens in a sequence
-    steps: int = 1000  # gradient steps for each variant
-    batch_size: int = 256  # sequences in one gradient step, drawn fresh each time
-    lr: float = 3e-3  # peak learning rate; it warms up to this, then falls to zero
+    n_kv_head: tuple[int, ...] = (16, 4, 1)  # key/value heads of MHA, GQA and MQA
+    kv_latent: tuple[int, ...] = (32,)  # numbers that MLA caches for a token; () for no MLA
+    lookups: int = 3  # tokens that each token has to find
+    seq_len: int = 10  # tokens in a sequence
+    steps: int = 1500  # gradient steps for each variant
+    batch_size: int = 128  # sequences in one gradient step, drawn fresh each time
+    lr: float = 3e-3  # peak learning rate: it rises to this, then falls to zero
     weight_decay: float = 0.01  # AdamW's pull of the weights towards zero
     seed: int = 0  # of the sequences and the weights
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else the CPU
     images_dir: Path = Path("images")  # where the figures go
-    study: bool = False  # also convert the trained MHA to GQA and MQA, and train on
+    study: bool = False  # also many cache sizes, and the trained MHA converted to GQA and MQA
 
     def __post_init__(self) -> None:
-        """Raise ValueError, naming field, value and what is allowed, before anything is done."""
-
-        def check(name: str, allowed: str, ok: bool) -> None:
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be {allowed}")
-
-        check("n_head", "from 1 to 1024", 1 <= self.n_head <= 1024)
-        fits = 1 <= self.d_model <= 16384 and self.d_model % self.n_head == 0
-        check("d_model", f"a multiple of n_head = {self.n_head}, at most 16384", fits)
-        fits = all(1 <= n <= self.n_head and self.n_head % n == 0 for n in self.n_kv_head)
-        fits = fits and 0 < len(self.n_kv_head) == len(set(self.n_kv_head))
-        check("n_kv_head", f"one or more different divisors of n_head = {self.n_head}", fits)
-        check("seq_len", "from 2 to 128", 2 <= self.seq_len <= 128)  # weights take its square
-        check("steps", "from 1 to 10000000", 1 <= self.steps <= 10_000_000)
-        check("batch_size", "from 1 to 1000000", 1 <= self.batch_size <= 1_000_000)
-        check("lr", "above 0 and finite", 0 < self.lr < math.inf)
-        check("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf)
-        check("seed", "from 0 to 2**62", 0 <= self.seed <= 2**62)
-        fits = self.n_head in self.n_kv_head and len(self.n_kv_head) > 1
-        allowed = f"off, unless n_kv_head holds n_head = {self.n_head} (MHA) and a smaller one"
-        check("study", allowed, fits or not self.study)
+        """Raise ValueError with field, value and what is allowed, before anything is done."""
+        limits = {
+            "d_model": (1, 16384), "n_head": (1, 1024), "n_kv_head": (1, 1024),
+            "kv_latent": (1, 16384), "lookups": (1, 3), "seq_len": (2, 128), "lr": (1e-12, 1e30),
+            "steps": (1, 10_000_000), "batch_size": (1, 1_000_000), "weight_decay": (0, 1e30),
+            "seed": (0, 2**32 - 1),
+        }  # fmt: skip
+        check_fields(self, limits)
+        if self.d_model % self.n_head != 0:
+            raise UserError(f"d_model is {self.d_model}: no multiple of n_head = {self.n_head}")
+        n = self.n_kv_head
+        if not n or len(n) > len(set(n)) or any(self.n_head % divisor for divisor in n):
+            raise UserError(f"n_kv_head is {n}: give different divisors of n_head = {self.n_head}")
+        if self.study and self.n_head not in n:
+            raise UserError(f"study is on: n_kv_head must hold n_head = {self.n_head}, for MHA")
 
 
-class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback."""
+# ------------------------------------------- model -------------------------------------------- #
 
 
-# ---------------------------------------------------------------------------------------------- #
-#                                              Data                                              #
-# ---------------------------------------------------------------------------------------------- #
-
-
-class Sequences(NamedTuple):
-    """N sequences of T tokens. Every tensor is (N, T) int64; the names are in 0 .. T-1."""
-
-    name_a: Tensor  # each token's name in alphabet A: a permutation in each sequence
-    name_b: Tensor  # each token's name in alphabet B: another permutation
-    wanted_a: Tensor  # the A-name of the token whose digit this token wants first
-    wanted_b: Tensor  # the B-name of the token whose digit this token wants second
-    digit: Tensor  # 0 .. 9
-    where_a: Tensor  # the answer key of the first lookup: where name_a equals wanted_a
-    where_b: Tensor  # the answer key of the second lookup
-    label: Tensor  # (digit at where_a + digit at where_b) mod 10
-
-
-def draw_sequences(n: int, seq_len: int, generator: torch.Generator) -> Sequences:
-    """Draw n sequences on the generator's device.
-
-    Four tokens, one of them in full:        token        0  1  2  3
-                                             name_a       2  0  3  1
-    token 1 wants the digits of              name_b       1  3  0  2
-    the token called 3 in A (token 2: 5)     digit        7  1  5  8
-    and of the one called 1 in B             wanted_a     .  3  .  .
-    (token 0: 7); its label is 12 mod 10.    wanted_b     .  1  .  .
-    """
-    shape, device = (n, seq_len), generator.device
-
-    def permutations() -> Tensor:  # the order of random numbers is a random permutation
-        return torch.rand(shape, generator=generator, device=device).argsort(1)
-
-    name_a, name_b = permutations(), permutations()
-    where_a = torch.randint(seq_len, shape, generator=generator, device=device)
-    # Another token than where_a: the same one twice would make even labels likelier than odd.
-    further = torch.randint(1, seq_len, shape, generator=generator, device=device)
-    where_b = (where_a + further) % seq_len
-    digit = torch.randint(10, shape, generator=generator, device=device)
-    wanted_a, wanted_b = name_a.gather(1, where_a), name_b.gather(1, where_b)
-    label = (digit.gather(1, where_a) + digit.gather(1, where_b)) % 10
-    return Sequences(name_a, name_b, wanted_a, wanted_b, digit, where_a, where_b, label)
-
-
-def generator_for(split: str, seed: int, device: torch.device) -> torch.Generator:
-    """A random stream of its own for each split, so that none of them depends on the others."""
-    place = ("train", "validation", "test", "study").index(split)
-    return torch.Generator(device).manual_seed(4 * (seed % 2**60) + place)
-
-
-# ---------------------------------------------------------------------------------------------- #
-#                                             Model                                              #
-# ---------------------------------------------------------------------------------------------- #
+def softmax(scores: Tensor) -> Tensor:
+    """exp(s) / sum of exp(s), of each row; a row of nothing but -inf becomes zeros."""
+    # Subtracting the row's maximum changes nothing, but keeps exp from overflowing.
+    limits = torch.finfo(scores.dtype)
+    exp = torch.exp(scores - scores.detach().amax(-1, keepdim=True).clamp(min=limits.min))
+    return exp / exp.sum(-1, keepdim=True).clamp(min=limits.tiny)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d)) v, with n_head / n_kv_head query heads to each key/value head.
+    """softmax(q k^T / sqrt(d)) v, where a key/value head may serve a group of query heads.
 
-    The scores are divided by sqrt(d) because a dot product of d numbers of size one has a standard
-    deviation of sqrt(d): unscaled, a large d would push softmax to its flat ends
-    (Vaswani et al. 2017, section 3.2.1).
+    By definition it is repeated for its group: k.repeat_interleave(2, 1) turns two key heads into
+    [K1, K1, K2, K2], one for each of four query heads. Here the queries of a group are laid one
+    below the other instead and meet K1 in one product: the same numbers, and nothing is copied.
+    sqrt(d), because a dot product of d independent numbers of variance 1 has variance d (Vaswani
+    et al. 2017, section 3.2.1). The mask is True where a query may attend.
 
-    Args:
-        q: (B, n_head, T, d). Head h uses key/value head h // (n_head / n_kv_head).
-        k, v: (B, n_kv_head, S, d)
-        mask: boolean, True where a query may attend; broadcastable to (B, n_head, T, S).
-
-    Returns the output (B, n_head, T, d) and the weights (B, n_head, T, S). A query that may attend
-    to nothing gets zeros. Raises ValueError if n_head is not a multiple of n_kv_head.
+    Shapes: q (B, n_head, T, d), k, v (B, n_kv_head, S, d), mask broadcastable to (B, n_head, T, S)
+        -> output (B, n_head, T, d), weights (B, n_head, T, S); ValueError if heads do not divide
     """
     B, n_head, T, d = q.shape
     n_kv_head, S = k.shape[1:3]
     if n_head % n_kv_head != 0:
         raise ValueError(f"{n_head} query heads cannot share {n_kv_head} key/value heads evenly")
-    # The queries of a group lie one below the other and meet their keys in one matrix product:
-    # keys and values are read once and never copied out to n_head heads.
-    grouped = q.reshape(B, n_kv_head, -1, d) * d**-0.5  # (B, n_kv_head, group T, d)
-    # (q k^T) as (k q^T)^T: with one query, as in decoding, the long side first is the faster way.
-    scores = (k @ grouped.mT).mT.reshape(B, n_head, T, S)
-    if mask is not None:  # the lowest finite number, not -inf: an empty row must not become NaN
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1)  # (B, n_head, T, S); subtracts each row's maximum before exp
+    q = q.reshape(B, n_kv_head, -1, d)  # (B, n_kv_head, group T, d)
+    scores = (q @ k.mT / math.sqrt(d)).view(B, n_head, T, S)
     if mask is not None:
-        weights = weights.masked_fill(~mask, 0.0)
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = softmax(scores)  # (B, n_head, T, S): each row adds up to 1
     output = weights.view(B, n_kv_head, -1, S) @ v  # (B, n_kv_head, group T, d)
     return output.view(B, n_head, T, d), weights
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, in memory that is allocated once.
+def split_heads(x: Tensor, n_head: int) -> Tensor:
+    """Cut each token's row into heads: (B, T, n_head d) -> (B, n_head, T, d).
 
-    Raises ValueError when more than max_len tokens are put in.
+    Four tokens, two heads of one number. Each head gets     token 0: a0 b0     a: a0 a1 a2 a3
+    its number of every token. x.view(B, n_head, T, d) has   token 1: a1 b1     b: b0 b1 b2 b3
+    the same shape, but its first head would be a0 b0 a1     token 2: a2 b2
+    b1: both heads of two tokens, and nothing of the rest.   token 3: a3 b3
     """
+    B, T, _ = x.shape
+    return x.view(B, T, n_head, -1).transpose(1, 2)
 
-    def __init__(
-        self,
-        batch: int,
-        n_kv_head: int,
-        max_len: int,
-        head_dim: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        shape = (batch, n_kv_head, max_len, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0  # tokens held
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the keys and values take for all max_len tokens."""
-        return self.k.nbytes + self.v.nbytes
+def merge_heads(x: Tensor) -> Tensor:
+    """The heads of each token side by side again: (B, n_head, T, d) -> (B, T, n_head d)."""
+    return x.transpose(1, 2).flatten(2)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, n_kv_head, T, d) keys and values; returns views of all held so far."""
-        end = self.length + k.shape[2]
-        if end > self.k.shape[2]:
-            raise ValueError(f"the cache holds {self.k.shape[2]} tokens, not {end}")
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
+
+class KVCache:
+    """Keeps what is needed of up to max_len tokens, in memory that is allocated once."""
+
+    def __init__(self, max_len: int) -> None:
+        self.max_len, self.length, self.memory = max_len, 0, []
+
+    def append(self, *new: Tensor) -> list[Tensor]:
+        """Add tensors (..., T, numbers); returns all that is held. ValueError if it is too much."""
+        end = self.length + new[0].shape[-2]
+        if end > self.max_len:
+            raise ValueError(f"the cache holds {self.max_len} tokens, not {end}")
+        if not self.memory:  # the first token allocates it all
+            self.memory = [x.new_zeros(*x.shape[:-2], self.max_len, x.shape[-1]) for x in new]
+        for memory, x in zip(self.memory, new, strict=True):
+            memory[..., self.length : end, :] = x
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return [memory[..., :end, :] for memory in self.memory]
 
 
 class GroupedQueryAttention(nn.Module):
-    """Self-attention with n_head query heads and n_kv_head key/value heads.
+    """Attention with n_head query heads and n_kv_head key/value heads of head_dim numbers.
 
     n_kv_head == n_head is multi-head attention (MHA, Vaswani et al. 2017), n_kv_head == 1 is
-    multi-query attention (MQA, Shazeer 2019), anything between is grouped-query attention (GQA,
-    Ainslie et al. 2023).
+    multi-query attention (MQA, Shazeer 2019), between them lies grouped-query attention (GQA,
+    Ainslie et al. 2023). With a cache, the S tokens are all that it holds after these T.
 
-    Cutting heads, worked for four tokens and two heads of one number each. A projection gives each
-    token a row with a column for each head, (T, n_head d):
-
-        token 0: a0 b0        .view(T, n_head, d).transpose(0, 1)    head a: a0 a1 a2 a3
-        token 1: a1 b1                                               head b: b0 b1 b2 b3
-        token 2: a2 b2
-        token 3: a3 b3        .view(n_head, T, d)                    head a: a0 b0 a1 b1
-                                                                     head b: a2 b2 a3 b3
-
-    The second way has the right shape, but its "head a" mixes both heads of two tokens and never
-    sees the other two.
-
-    Args:
-        d_model: numbers of a token.
-        n_head, n_kv_head: heads; n_head must be a multiple of n_kv_head.
-        head_dim: numbers of a head; None is d_model / n_head, which must then be whole.
-
-    Raises ValueError if the numbers do not divide.
+    Shapes: x (B, T, d_model), mask (T, S) -> y (B, T, d_model), weights (B, n_head, T, S)
     """
 
-    def __init__(
-        self, d_model: int, n_head: int, n_kv_head: int, head_dim: int | None = None
-    ) -> None:
+    def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int) -> None:
         super().__init__()
-        if n_head % n_kv_head != 0:
-            raise ValueError(f"n_head {n_head} must be a multiple of n_kv_head {n_kv_head}")
-        if head_dim is None and d_model % n_head != 0:
-            raise ValueError(f"d_model {d_model} must be a multiple of n_head {n_head}")
-        self.n_head, self.n_kv_head = n_head, n_kv_head
-        self.head_dim = d_model // n_head if head_dim is None else head_dim
-        self.q_proj = nn.Linear(d_model, n_head * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, n_kv_head * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, n_kv_head * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(n_head * self.head_dim, d_model, bias=False)
+        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
+        self.q_proj = nn.Linear(d_model, n_head * head_dim, bias=False)
+        self.k_proj = nn.Linear(d_model, n_kv_head * head_dim, bias=False)
+        self.v_proj = nn.Linear(d_model, n_kv_head * head_dim, bias=False)
+        self.o_proj = nn.Linear(n_head * head_dim, d_model, bias=False)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project x (B, T, d_model) to q (B, n_head, T, d) and k, v (B, n_kv_head, T, d)."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q = split_heads(self.q_proj(x), self.n_head)  # (B, n_head, T, d)
+        k = split_heads(self.k_proj(x), self.n_kv_head)  # (B, n_kv_head, T, d); MQA: (B, 1, T, d)
+        v = split_heads(self.v_proj(x), self.n_kv_head)
         return q, k, v
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend from x (B, T, d_model) to itself, and to the tokens in the cache before it.
-
-        With a cache and no mask, attention is causal: each token sees itself and all before it.
-        Returns y (B, T, d_model), and the weights (B, n_head, T, S) or None.
-        """
-        B, T, _ = x.shape
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_kv_head, S, d)
-            if mask is None and T > 1:
-                S = cache.length
-                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         output, weights = attention(q, k, v, mask)
-        y = self.o_proj(output.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
-        return y, weights if need_weights else None
+        return self.o_proj(merge_heads(output)), weights
 
-    @classmethod
-    def from_mha(cls, mha: "GroupedQueryAttention", n_kv_head: int) -> "GroupedQueryAttention":
-        """Pool the key and value heads of each group by their mean (Ainslie 2023, section 2.1)."""
-        d_model, d = mha.q_proj.in_features, mha.head_dim
-        new = cls(d_model, mha.n_head, n_kv_head, d).to(mha.q_proj.weight)
-        with torch.no_grad():
-            new.q_proj.weight.copy_(mha.q_proj.weight)
-            new.o_proj.weight.copy_(mha.o_proj.weight)
-            for old, pooled in ((mha.k_proj, new.k_proj), (mha.v_proj, new.v_proj)):
-                groups = old.weight.view(n_kv_head, -1, d, d_model)  # (kv, heads of a group, d, C)
-                pooled.weight.copy_(groups.mean(1).view(-1, d_model))
-        return new
+
+class MultiHeadLatentAttention(nn.Module):
+    """MLA: kv_latent numbers c of a token are cached; each head makes its key and value from them.
+
+    DeepSeek-V2 (arXiv 2405.04434), section 2.1.2, equations 9 to 11, without its rotary part and
+    compressed queries. Shapes as in GroupedQueryAttention.
+    """
+
+    def __init__(self, d_model: int, n_head: int, kv_latent: int, head_dim: int) -> None:
+        super().__init__()
+        self.n_head, self.kv_latent, self.head_dim = n_head, kv_latent, head_dim
+        self.q_proj = nn.Linear(d_model, n_head * head_dim, bias=False)
+        self.kv_down = nn.Linear(d_model, kv_latent, bias=False)  # W_DKV
+        self.k_up = nn.Linear(kv_latent, n_head * head_dim, bias=False)  # W_UK
+        self.v_up = nn.Linear(kv_latent, n_head * head_dim, bias=False)  # W_UV
+        self.o_proj = nn.Linear(n_head * head_dim, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        q, c = split_heads(self.q_proj(x), self.n_head), self.kv_down(x)  # c: (B, T, kv_latent)
+        if cache is None:
+            k, v = split_heads(self.k_up(c), self.n_head), split_heads(self.v_up(c), self.n_head)
+            output, weights = attention(q, k, v, mask)
+        else:  # make no keys: q . (W_UK c) = (W_UK^T q) . c, which is MQA with one wide head, c
+            (c,) = cache.append(c)  # (B, S, kv_latent)
+            W_UK = self.k_up.weight.view(self.n_head, self.head_dim, -1)  # (n_head, d, kv_latent)
+            W_UV = self.v_up.weight.view(self.n_head, self.head_dim, -1)
+            q = q @ W_UK * math.sqrt(self.kv_latent / self.head_dim)  # the scale is still sqrt(d)
+            output, weights = attention(q, c[:, None], c[:, None], mask)
+            output = output @ W_UV.mT  # (B, n_head, T, d)
+        return self.o_proj(merge_heads(output)), weights
 
 
 class LookupNet(nn.Module):
-    """Embed the tokens, attend once, and let a small MLP add the digits found.
+    """Embed the tokens, attend once, and let a small MLP work out the label from the digits found.
 
-    Shapes: Sequences of N sequences of T tokens -> logits (N, T, 10), weights (N, n_head, T, T)
+    Shapes: Sequences of N sequences of T tokens -> logits (N, T, 10), weights (N, n_head, T, S)
     """
 
-    def __init__(self, config: Config, n_kv_head: int, head_dim: int | None = None) -> None:
+    def __init__(self, attention: nn.Module, config: Config) -> None:
         super().__init__()
-        C, T = config.d_model, config.seq_len
-        self.embed = nn.ModuleList(nn.Embedding(size, C) for size in (T, T, T, T, 10))
-        self.attention = GroupedQueryAttention(C, config.n_head, n_kv_head, head_dim)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, 10)
-        )
+        C, T, L = config.d_model, config.seq_len, config.lookups
+        self.name = nn.ModuleList(nn.Embedding(T, C) for _ in range(L))
+        self.wanted = nn.ModuleList(nn.Embedding(T, C) for _ in range(L))
+        self.digit = nn.Embedding(10, C)
+        self.attention = attention
+        layers = [nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, 10)]
+        self.mlp = nn.Sequential(*layers)
+        # Causal: token t (row) may look at itself and at the tokens before it (columns up to t).
+        self.register_buffer("causal", torch.ones(T, T, dtype=torch.bool).tril())
 
-    def forward(self, data: Sequences) -> tuple[Tensor, Tensor]:
-        # A token is the sum of what it is called, what it wants, and its digit. It has no
-        # position: where a token stands tells nothing, its names tell all.
-        x = sum(
-            embed(field) for embed, field in zip(self.embed, data[:5], strict=True)
-        )  # (N, T, C)
-        y, weights = self.attention(x, need_weights=True)
+    def embed(self, data: "Sequences") -> Tensor:
+        x = self.digit(data.digit)  # (N, T, C); no position: where a token stands tells nothing
+        for i in range(len(self.name)):
+            x = x + self.name[i](data.names[:, i]) + self.wanted[i](data.wanted[:, i])
+        return x
+
+    def forward(self, data: "Sequences", cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        start = 0 if cache is None else cache.length
+        end = start + data.digit.shape[1]
+        mask = self.causal[start:end, :end]  # for one more token: all that is held
+        y, weights = self.attention(self.embed(data), mask, cache)
         return self.mlp(y), weights
 
 
-# ---------------------------------------------------------------------------------------------- #
-#                                            Training                                            #
-# ---------------------------------------------------------------------------------------------- #
+# -------------------------------------------- data -------------------------------------------- #
+
+FACTORS = (1, 3, 7)  # with inverses modulo 10, so each digit can move the label to any value
 
 
-class Trained(NamedTuple):
-    """What `train_variant` leaves behind; the lists have one value for each validation."""
+class Sequences(NamedTuple):
+    """N sequences of T tokens with L names each; all int64."""
 
-    step: list[int]
-    train_loss: list[float]  # mean since the last validation
-    val_loss: list[float]
-    val_accuracy: list[float]
-    best_step: int
-    seconds: float
-    interrupted: bool
+    names: Tensor  # (N, L, T): each token's name in each alphabet, a permutation of 0 .. T - 1
+    wanted: Tensor  # (N, L, T): the name, in each alphabet, of the token whose digit is wanted
+    digit: Tensor  # (N, T): 0 .. 9
+    where: Tensor  # (N, L, T): the answer key: the token that has the wanted name
+    label: Tensor  # (N, T): the sum of FACTORS times the digits found, mod 10
 
 
-def train_variant(
-    net: LookupNet, config: Config, device: torch.device, verbose: bool = True
-) -> Trained:
-    """Fit `net` in place on fresh sequences; keep the weights with the best validation accuracy.
+def draw_sequences(n: int, config: Config, stream: torch.Generator) -> Sequences:
+    """Draw n sequences on the stream's device. What a token wants stands before it.
 
-    Ctrl-C ends training early and keeps the best weights so far.
+    Three tokens, two lookups. Token 2 wants    token            0  1  2
+    1 in A (token 0: 7) and 2 in B (token 1:    names, A         1  0  2
+    5); its label is 1 * 7 + 3 * 5 = 2 mod 10.  names, B         0  2  1
+    The first token has nobody before it and    digit            7  5  8
+    wants itself.                               wanted, A and B  .  .  1 2
+    """
+    T, L, device = config.seq_len, config.lookups, stream.device
+    names = torch.rand(n, L, T, generator=stream, device=device).argsort(2)
+    digit = torch.randint(10, (n, T), generator=stream, device=device)
+    token = torch.arange(T, device=device)
+    where = (torch.rand(n, L, T, generator=stream, device=device) * token).long()  # 0 .. t - 1
+    factors = torch.tensor(FACTORS[:L], device=device)[:, None]  # (L, 1)
+    found = digit[:, None].expand(n, L, T).gather(2, where)  # (N, L, T)
+    return Sequences(names, names.gather(2, where), digit, where, (factors * found).sum(1) % 10)
+
+
+# ------------------------------------------ training ------------------------------------------ #
+
+
+class Training(NamedTuple):
+    """Where training stands at a validation: one record, which Ctrl-C finds whole or not at all."""
+
+    step: int  # steps taken
+    val_loss: float
+    val_accuracy: float
+    seconds: float  # since the start
+    weights: dict[str, Tensor]
+
+
+def best(history: list[Training]) -> int:
+    """The index of the highest validation accuracy; among equals, of the lowest loss."""
+    return max(range(len(history)), key=lambda i: (history[i].val_accuracy, -history[i].val_loss))
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear up to `peak` over the first fifth of the steps, then linear down towards zero."""
+    return peak * min(1.0, (step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))
+
+
+def train(
+    net: LookupNet, config: Config, validation: Sequences, stream: torch.Generator,
+    history: list[Training],
+) -> None:  # fmt: skip
+    """Fit `net` on sequences from `stream`, add 15 validations to `history`, load the best weights.
+
     Raises UserError if the loss becomes NaN or infinite.
     """
-    stream = generator_for("train", config.seed, device)
-    validation = draw_sequences(
-        1000, config.seq_len, generator_for("validation", config.seed, device)
-    )
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=max(10, config.steps), pct_start=0.2
-    )  # at least 10: with 5, the warm-up would be one step long and divide by zero
-    every = max(1, config.steps // 15)
-    trained = Trained([], [], [], [], 0, 0.0, False)
-    losses: list[float] = []
-    best_step, best_weights, best_score = 0, {}, (-1.0, 0.0)
-    interrupted = False
+    every, losses = max(1, config.steps // 15), []
     start = time.perf_counter()
-    if verbose:
-        print(" step  train loss  val loss  val accuracy         lr  seconds")
-    try:
-        for step in tqdm(range(1, config.steps + 1), "training", leave=False, disable=None):
-            net.train()
-            batch = draw_sequences(config.batch_size, config.seq_len, stream)
-            loss = F.cross_entropy(net(batch)[0].flatten(0, 1), batch.label.flatten())
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"the loss became {losses[-1]} in step {step}: "
-                    f"try a lower learning rate than lr = {config.lr:g}"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % every != 0 and step != config.steps:
-                continue
+    print(" step  train loss  val loss  val accuracy         lr  seconds")
+    for step in tqdm(range(config.steps), "training", leave=False, disable=None):
+        net.train()
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
+        batch = draw_sequences(config.batch_size, config, stream)
+        logits, _ = net(batch)  # (B, T, 10)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.label.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())  # stays on the device: to look at it would make a GPU wait
+        if (step + 1) % every != 0 and step + 1 != config.steps:
+            continue
 
-            logits, _ = answer(net, validation)
-            loss_now = F.cross_entropy(logits.flatten(0, 1), validation.label.flatten()).item()
-            accuracy_now = (logits.argmax(2) == validation.label).float().mean().item()
-            if (accuracy_now, -loss_now) > best_score:
-                best_weights = {k: v.clone() for k, v in net.state_dict().items()}
-                best_step, best_score = step, (accuracy_now, -loss_now)
-            trained.step.append(step)
-            trained.train_loss.append(sum(losses) / len(losses))
-            trained.val_loss.append(loss_now)
-            trained.val_accuracy.append(accuracy_now)
-            losses.clear()
-            if verbose:
-                print(
-                    f"{step:5d}  {trained.train_loss[-1]:10.4f}  {loss_now:8.4f}  "
-                    f"{accuracy_now:12.4f}  {schedule.get_last_lr()[0]:9.2e}  "
-                    f"{time.perf_counter() - start:7.1f}"
-                )
-    except KeyboardInterrupt:
-        if not best_weights:  # nothing to keep yet
-            raise
-        interrupted = True
-        print(f"interrupted: step {best_step}, the best so far, is scored", file=sys.stderr)
-    net.load_state_dict(best_weights)
-    seconds = time.perf_counter() - start
-    return trained._replace(best_step=best_step, seconds=seconds, interrupted=interrupted)
-
-
-# ---------------------------------------------------------------------------------------------- #
-#                                           Evaluation                                           #
-# ---------------------------------------------------------------------------------------------- #
+        losses = torch.stack(losses).tolist()  # here the CPU waits, once a validation
+        logits, _ = predict(net, validation)
+        val_loss = F.cross_entropy(logits.flatten(0, 1), validation.label.flatten()).item()
+        val_accuracy = (logits.argmax(2) == validation.label).double().mean().item()
+        if not math.isfinite(sum(losses) + val_loss):
+            bad = step + 2 - len(losses) + np.isfinite([*losses, val_loss]).argmin()
+            advice = f"try a lower learning rate than lr = {config.lr:g}"
+            raise UserError(f"the loss became NaN or infinite in step {bad}: {advice}")
+        seconds = time.perf_counter() - start
+        weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        history.append(Training(step + 1, val_loss, val_accuracy, seconds, weights))
+        row = f"{step + 1:5d}  {np.mean(losses):10.4f}  {val_loss:8.4f}  {val_accuracy:12.4f}  "
+        print(f"{row}{lr:9.2e}  {seconds:7.1f}")
+        losses = []
+    net.load_state_dict(history[best(history)].weights)
 
 
 @torch.no_grad()
-def answer(net: LookupNet, data: Sequences) -> tuple[Tensor, Tensor]:
+def predict(net: LookupNet, data: Sequences) -> tuple[Tensor, Tensor]:
     """Logits (N, T, 10) and attention weights (N, n_head, T, T) in evaluation mode."""
-    net.eval()
-    return net(data)
+    return net.eval()(data)
+
+
+@torch.no_grad()
+def decode(net: LookupNet, data: Sequences) -> Tensor:
+    """Logits (N, T, 10) as a model that writes gets them: token by token, from the cache."""
+    cache, logits = KVCache(max_len=data.digit.shape[1]), []
+    for t in range(cache.max_len):
+        token = Sequences(*(field[..., t : t + 1] for field in data))
+        logits.append(net.eval()(token, cache)[0])  # (N, 1, 10)
+    return torch.cat(logits, 1)
 
 
 def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
-    """Accuracy, precision, recall and F1 of all predictions at once, as fractions of 1.
+    """Accuracy, precision, recall and F1 of all predictions (N,) at once, as fractions of 1.
 
-    labels, predictions: (N,) class numbers. A class that is never predicted has precision 0, one
-    that never occurs has recall 0. `precision`, `recall` and `f1` are macro averages, the plain
-    means over the classes; `report` is a table of them all, `per_class` the same as a dict.
+    `precision`, `recall` and `f1` are macro averages: plain means over the C classes. `per_class`
+    holds the (C,) arrays, `report` a table of it all. A class that is never predicted counts as 0.
     """
-    truth, answer = labels.cpu().numpy(), predictions.cpu().numpy()
-    classes = list(range(len(class_names)))
-    options = {"labels": classes, "target_names": class_names, "zero_division": 0, "digits": 4}
-    per_class = classification_report(truth, answer, output_dict=True, **options)
-    macro = per_class["macro avg"]
+    labels, predictions = labels.numpy(force=True), predictions.numpy(force=True)
+    matrix = np.zeros((len(class_names), len(class_names)), dtype=int)
+    np.add.at(matrix, (labels, predictions), 1)  # rows: true class; columns: predicted class
+    right, predicted, true = matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)  # (C,) each
+    accuracy = right.sum() / matrix.sum()
+    precision = right / predicted.clip(min=1)  # of all that was called c, the share that is c
+    recall = right / true.clip(min=1)  # of all that is c, the share that was found
+    f1 = 2 * right / (predicted + true).clip(min=1)  # = 2 P R / (P + R); 0/0 counts as 0
+    table = {"labels": range(len(class_names)), "target_names": class_names, "digits": 4}
     return {
-        "accuracy": float(accuracy_score(truth, answer)),
-        "precision": float(macro["precision"]),
-        "recall": float(macro["recall"]),
-        "f1": float(macro["f1-score"]),
-        "confusion_matrix": confusion_matrix(truth, answer, labels=classes),
-        "per_class": {name: per_class[name] for name in class_names},
-        "report": classification_report(truth, answer, **options),
+        "accuracy": float(accuracy),
+        "precision": float(precision.mean()),
+        "recall": float(recall.mean()),
+        "f1": float(f1.mean()),
+        "confusion_matrix": matrix,
+        "per_class": {"precision": precision, "recall": recall, "f1": f1},
+        "report": classification_report(labels, predictions, zero_division=0, **table),
     }
 
 
-def alignment(weights: Tensor, data: Sequences) -> Tensor:
-    """(2, n_head): the share of first and of second lookups on which a head looks where it should.
-
-    A head looks at the token with its largest weight. By chance it is the right one in 1 / T.
-    """
-    looks_at = weights.argmax(3)  # (N, n_head, T)
-    truth = torch.stack([data.where_a, data.where_b])[:, :, None]  # (2, N, 1, T)
-    return (looks_at == truth).float().mean((1, 3))
-
-
-@torch.no_grad()
-def decode_seconds(n_kv_head: int, context: int, device: torch.device) -> float:
-    """Median seconds of one decoding step's attention: batch 4, 32 query heads of 64.
-
-    One new token's queries attend to `context` tokens in the cache, as when a model writes.
-    """
-    cache = KVCache(4, n_kv_head, context, 64, device=device)
-    k, v = cache.append(*torch.randn(2, 4, n_kv_head, context, 64, device=device))
-    q = torch.randn(4, 32, 1, 64, device=device)
-    times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        attention(q, k, v)[0].sum().item()  # .item() waits until the device has finished
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))  # the first two warm up
-
-
-def kv_heads_of_32(config: Config, n_kv_head: int) -> int:
-    """The key/value heads of 32 query heads, shared as the variant shares them; MQA keeps one."""
-    return 1 if n_kv_head == 1 else 32 * n_kv_head // config.n_head
-
-
-# ---------------------------------------------------------------------------------------------- #
-#                                            Figures                                             #
-# ---------------------------------------------------------------------------------------------- #
-
-
-def require_writable(folder: Path, flag: str) -> None:
-    """Create `folder` if need be; raise UserError if no file can be written in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write in {folder} ({error.strerror}); see {flag}") from None
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG under a temporary name, then rename: never a half-written file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=100)
-        # A palette of 256 colours is a third of the size, and looks the same.
-        Image.open(picture).convert("RGB").quantize(256).save(temporary, format="png")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def draw_confusion(axes: Axes, matrix: np.ndarray, class_names: list[str], title: str) -> None:
-    """Counts and row percentages of a (C, C) confusion matrix, rows true, columns predicted."""
-    share = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
-    axes.imshow(share, cmap="magma_r", vmin=0, vmax=1)
-    for row, col in zip(*matrix.nonzero(), strict=True):
-        text, shade = f"{matrix[row, col]}\n{share[row, col]:.1%}", share[row, col]
-        colour = "white" if shade > 0.5 else "black"
-        axes.text(col, row, text, color=colour, ha="center", va="center", fontsize=8)
-    slanted = {"rotation": 45, "ha": "right"} if max(map(len, class_names)) > 3 else {}
-    axes.set_xticks(range(len(class_names)), class_names, **slanted)
-    axes.set_yticks(range(len(class_names)), class_names)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
-
-
-def confusions_figure(matrices: dict[str, np.ndarray], title: str) -> Figure:
-    """The confusion matrix of every variant, two in a row."""
-    rows = math.ceil(len(matrices) / 2)
-    figure = Figure(figsize=(11, 5.7 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False).ravel()
-    for axes in grid[len(matrices) :]:
-        axes.axis("off")
-    for axes, (name, matrix) in zip(grid, matrices.items(), strict=False):
-        heading = f"{name}: accuracy {matrix.trace() / matrix.sum():.2%}"
-        draw_confusion(axes, matrix, list("0123456789"), heading)
-    figure.suptitle(title)
-    return figure
-
-
-def learning_figure(runs: dict[str, Trained], title: str) -> Figure:
-    """Validation loss and accuracy of every variant by training step."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, run in runs.items():
-        left.plot(run.step, run.val_loss, "o-", markersize=3, label=name)
-        right.plot(run.step, [100 * a for a in run.val_accuracy], "o-", markersize=3, label=name)
-    left.set(xlabel="step", ylabel="validation cross-entropy (nats)", yscale="log")
-    right.set(xlabel="step", ylabel="validation accuracy (%)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    figure.suptitle(title)
-    return figure
-
-
-def heatmap_figure(
-    nets: dict[str, LookupNet], data: Sequences, shares: dict[str, Tensor], title: str
-) -> Figure:
-    """Every head of every variant on one test sequence, beside the two true lookups."""
-    one = Sequences(*(field[:1] for field in data))
-    T, n_head = one.label.shape[1], next(iter(nets.values())).attention.n_head
-    columns = 1 + math.ceil(n_head / 2)  # two rows for each variant: a truth, then half the heads
-    size = (1.25 * columns + 0.8, 3.1 * len(nets) + 1)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(2 * len(nets), columns, squeeze=False)
-    for axes in grid.ravel():
-        axes.set(xticks=[], yticks=[], frame_on=False)
-    for i, (name, net) in enumerate(nets.items()):
-        weights = answer(net, one)[1][0].numpy(force=True)  # (n_head, T, T)
-        rows = grid[2 * i : 2 * i + 2]
-        pictures = {}
-        for axes, where, which in zip(
-            rows[:, 0], (one.where_a, one.where_b), ("1st", "2nd"), strict=True
-        ):
-            pictures[axes] = F.one_hot(where[0], T).numpy(force=True), f"truth,\n{which} lookup"
-            axes.set_ylabel(name, fontsize=11)
-        for head, axes in zip(range(n_head), rows[:, 1:].ravel(), strict=False):
-            share = shares[name][:, head]
-            which = ("1st", "2nd")[int(share.argmax())]
-            pictures[axes] = weights[head], f"head {head}\n{which}: {share.max():.0%}"
-        for axes, (picture, heading) in pictures.items():
-            shown = axes.imshow(picture, cmap="viridis", vmin=0, vmax=1)
-            axes.set_title(heading, fontsize=9)
-    figure.colorbar(shown, ax=grid, label="weight", shrink=0.4)
-    figure.suptitle(
-        f"{title}\nrow: the token that asks; column: the token looked at; heading: the lookup that "
-        "a head serves best, and how often it is right",
-        fontsize=11,
-    )
-    return figure
-
-
-def sharing_figure(nets: dict[str, LookupNet], title: str) -> Figure:
-    """Which query heads read which key/value head, and the numbers cached for a token."""
-    figure = Figure(figsize=(10, 1.7 * len(nets) + 0.5), layout="constrained")
-    grid = figure.subplots(len(nets), 1, squeeze=False).ravel()
-    for axes, (name, net) in zip(grid, nets.items(), strict=True):
-        module = net.attention
-        group = module.n_head // module.n_kv_head
-        for head in range(module.n_head):
-            shared = head // group
-            centre = (shared + 0.5) * group - 0.5  # below the middle of its group
-            colour = f"C{shared % 10}"
-            axes.plot([head, centre], [1, 0], color=colour)
-            axes.text(head, 1, f"q{head}", ha="center", va="center", bbox={"fc": "w", "ec": colour})
-            axes.text(centre, 0, f"k{shared}\nv{shared}", ha="center", va="center", color="white",
-                      bbox={"fc": colour, "ec": colour})  # fmt: skip
-        cached = module.k_proj.out_features + module.v_proj.out_features
-        axes.set(ylim=(-0.5, 1.5), xlim=(-0.6, module.n_head - 0.4))
-        axes.set_title(
-            f"{name}: {module.n_head} query heads of {module.head_dim}, {module.n_kv_head} "
-            f"key/value heads; {cached} numbers cached for a token",
-            fontsize=10,
-        )
-        axes.axis("off")
-    figure.suptitle(title)
-    return figure
-
-
-def decode_figure(config: Config, device: torch.device) -> tuple[Figure, dict[int, float]]:
-    """Time and cache size of a decoding step by context length; also seconds at 8,192 tokens."""
-    contexts = [512, 1024, 2048, 4096, 8192]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    longest = {}
-    for n_kv_head in config.n_kv_head:
-        shared = kv_heads_of_32(config, n_kv_head)
-        seconds = [decode_seconds(shared, context, device) for context in contexts]
-        longest[n_kv_head] = seconds[-1]
-        label = f"{variant_name(config, n_kv_head)}: {shared} key/value heads"
-        left.plot(contexts, [1e6 * s for s in seconds], "o-", label=label)
-        cache = [KVCache(4, shared, context, 64, device="meta").nbytes for context in contexts]
-        right.plot(contexts, [n / 2**20 for n in cache], "o-", label=label)
-    left.set(ylabel="microseconds for one step")
-    right.set(ylabel="cache (MiB)")
-    for axes in (left, right):
-        axes.set(xlabel="tokens in the cache", xscale="log", yscale="log")
-        axes.set_xticks(contexts, [f"{n:,}" for n in contexts], minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(f"One decoding step: batch 4, 32 query heads of 64, float32, {device}")
-    return figure, longest
-
-
-@torch.no_grad()
-def qkv_figure(net: LookupNet, data: Sequences, head: int, title: str) -> Figure:
-    """One head on one test sequence: Q, K, V, scores, softmax and output, with their numbers."""
-    one = Sequences(*(field[:1] for field in data))
-    x = sum(embed(field) for embed, field in zip(net.embed, one[:5], strict=True))
-    q, k, v = net.attention.heads(x)  # (1, heads, T, d)
-    output, weights = attention(q, k, v)
-    group = net.attention.n_head // net.attention.n_kv_head
-    q, k, v = q[0, head], k[0, head // group], v[0, head // group]  # (T, d)
-    panels = {
-        "Q: what each token wants": q,
-        "K: what each token is called": k,
-        "V: what each token has to give": v,
-        "scores = Q K^T / sqrt(d)": q @ k.T / math.sqrt(q.shape[1]),
-        "weights = softmax of each row": weights[0, head],
-        "output = weights V": output[0, head],
-    }
-    figure = Figure(figsize=(13, 8.6), layout="constrained")
-    for axes, (name, matrix) in zip(figure.subplots(2, 3).ravel(), panels.items(), strict=True):
-        matrix = matrix.numpy(force=True)
-        limit = np.abs(matrix).max()
-        colours = {"cmap": "coolwarm", "vmin": -limit, "vmax": limit}
-        if name.startswith("weights"):
-            colours = {"cmap": "viridis", "vmin": 0, "vmax": 1}
-        axes.imshow(matrix, aspect="auto", **colours)
-        axes.set_xticks(range(matrix.shape[1]))
-        for (row, col), value in np.ndenumerate(matrix):
-            dark = value < 0.6 if name.startswith("weights") else abs(value) > 0.7 * limit
-            colour = "white" if dark else "black"
-            axes.text(col, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9)
-        square = name.startswith(("scores", "weights"))
-        axes.set(title=name, ylabel="token", xlabel="token looked at" if square else "dimension")
-    figure.suptitle(title)
-    return figure
-
-
-# ---------------------------------------------------------------------------------------------- #
-#                                            Studies                                             #
-# ---------------------------------------------------------------------------------------------- #
-
-
-def study(
-    nets: dict[str, LookupNet], results: dict, config: Config, device: torch.device
-) -> dict[str, list[float]]:
-    """From MHA to fewer heads: pool the trained MHA's heads, then train on for a little.
-
-    Each further training is a full one-cycle of 1, 5, 10 or 20 % of the original steps, beside the
-    same steps from scratch; 0 % is the pooled net as it comes. Scored on one validation draw.
-    """
-    shares = (0.0, 0.01, 0.05, 0.1, 0.2)
-    few = [n for n in config.n_kv_head if n != config.n_head]
-    held_out = draw_sequences(1000, config.seq_len, generator_for("study", config.seed, device))
-    mha = nets[variant_name(config, config.n_head)]
-    found = {}
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    grid = figure.subplots(1, len(few), sharey=True, squeeze=False).ravel()
-    bar = tqdm(desc="study", total=2 * len(few) * len(shares), disable=None)
-    for axes, n_kv_head in zip(grid, few, strict=True):
-        name = variant_name(config, n_kv_head)
-        for start in ("pooled", "scratch"):
-            accuracies = []
-            for share in shares:
-                torch.manual_seed(config.seed)
-                net = LookupNet(config, n_kv_head).to(device)
-                if start == "pooled":
-                    net.embed.load_state_dict(mha.embed.state_dict())
-                    net.mlp.load_state_dict(mha.mlp.state_dict())
-                    net.attention = GroupedQueryAttention.from_mha(mha.attention, n_kv_head)
-                if share > 0:
-                    setting = replace(config, steps=max(1, round(share * config.steps)))
-                    if train_variant(net, setting, device, verbose=False).interrupted:
-                        raise KeyboardInterrupt
-                right = answer(net, held_out)[0].argmax(2) == held_out.label
-                accuracies.append(right.float().mean().item())
-                bar.update()
-            found[f"{name} {start}"] = accuracies
-            percent = [100 * a for a in accuracies]
-            axes.plot([100 * s for s in shares], percent, "o-", label=f"{start} start")
-        full = results[name]["accuracy"]
-        axes.axhline(100 * full, color="grey", linestyle=":", label="from scratch, all steps")
-        axes.set(xlabel="further training (% of the original steps)", title=name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    bar.close()
-    grid[0].set_ylabel("accuracy (%)")
-    figure.suptitle(f"From MHA by pooling key/value heads: 1,000 sequences, seed {config.seed}")
-    print(f"\nfrom MHA by pooling, accuracy on 1,000 held-out sequences, seed {config.seed}")
-    print("start        " + "".join(f"{share:>8.0%}" for share in shares))
-    for name, accuracies in found.items():
-        print(f"{name:13}" + "".join(f"{a:8.4f}" for a in accuracies))
-    save_figure(figure, config.images_dir / "part3_study_from_mha.png")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- #
-#                                              Main                                              #
-# ---------------------------------------------------------------------------------------------- #
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; auto takes CUDA, then MPS, then the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((n for n, ok in there.items() if ok), "cpu")
-    if not there.get(name, True):
-        raise UserError(f"device {name} is not available here; use --device cpu or auto")
-    return torch.device(name)
-
-
-def variant_name(config: Config, n_kv_head: int) -> str:
-    """MHA, MQA or GQA; with several GQAs, GQA-2, GQA-4 and so on."""
-    if n_kv_head == config.n_head:
-        return "MHA"
-    if n_kv_head == 1:
-        return "MQA"
-    between = [n for n in config.n_kv_head if 1 < n < config.n_head]
-    return "GQA" if len(between) == 1 else f"GQA-{n_kv_head}"
-
-
-def wide_head_dim(config: Config) -> int:
-    """The head size at which MQA has as many attention parameters as MHA, rounded down.
-
-    MHA has 4 C^2 of them; MQA with heads of d has (2 n_head + 2) C d.
-    """
-    return 4 * config.d_model // (2 * config.n_head + 2)
+# -------------------------------------------- main -------------------------------------------- #
 
 
 def main(config: Config) -> dict[str, dict]:
     """Train, score and time every variant, and draw; returns a dict of results for each.
 
-    Raises KeyboardInterrupt, after all is drawn, if training was interrupted.
+    After Ctrl-C what has been trained is scored and drawn, then KeyboardInterrupt is raised again.
     """
     device = pick_device(config.device)
-    require_writable(config.images_dir, "--images-dir")
-    test = draw_sequences(2000, config.seq_len, generator_for("test", config.seed, device))
-    variants = {variant_name(config, n): (n, None) for n in config.n_kv_head}
-    if 1 in config.n_kv_head and config.n_head > 1:
-        variants["MQA-wide"] = (1, wide_head_dim(config))
-    decode, decode_times = decode_figure(config, device)
-    nets, runs, results, shares, interrupted = {}, {}, {}, {}, ""
-    for name, (n_kv_head, head_dim) in variants.items():
-        torch.manual_seed(config.seed)
-        net = LookupNet(config, n_kv_head, head_dim).to(device)
-        module = net.attention
-        print(
-            f"\n{name}: {module.n_head} query heads of {module.head_dim}, {n_kv_head} key/value "
-            f"heads; device {device}"
-        )
-        try:
-            run = train_variant(net, config, device)
-        except KeyboardInterrupt:  # it has nothing to score yet; draw what the others have
-            if not results:
-                raise
-            interrupted = f"interrupted before {name} could be scored"
-            print(interrupted, file=sys.stderr)
-            break
-        logits, weights = answer(net, test)  # the one look at the test sequences
-        shares[name] = alignment(weights, test).cpu()
-        results[name] = {"dataset": "two lookups"}
-        results[name] |= score(test.label.flatten(), logits.argmax(2).flatten(), list("0123456789"))
+    write_whole(config.images_dir / ".try", b"")  # told now, not after training
+    (config.images_dir / ".try").unlink(missing_ok=True)
+    test, validation, stream = draw_splits(config, device)
+    names = [{config.n_head: "MHA", 1: "MQA"}.get(n, f"GQA-{n}") for n in config.n_kv_head]
+    names += [f"MLA-{numbers}" for numbers in config.kv_latent]
+    names += [f"MHA-{n}" for n in config.n_kv_head if n < config.n_head]  # cut to the same caches
+    nets, histories = {}, {}
+    try:
+        for name in names:
+            nets[name], histories[name] = new_net(name, config, device), []
+            numbers = cached_numbers(nets[name].attention)
+            print(f"\n{name}: {numbers} numbers cached for a token; device {device}")
+            train(nets[name], config, validation, stream.clone_state(), histories[name])
+        results = report(nets, histories, test, config, note="")
+    except KeyboardInterrupt:
+        nets = {name: net for name, net in nets.items() if histories[name]}
+        if nets:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("interrupted: what has been trained is scored and drawn", file=sys.stderr)
+            report(nets, histories, test, config, f", interrupted after {list(nets)[-1]}'s best")
+        raise
+    if config.study:
+        results["study"] = study(nets["MHA"], config, device)
+    return results
+
+
+# ============= The lesson ends here. Below: figures, the study, devices, errors. ============== #
+
+
+def make_attention(name: str, config: Config) -> nn.Module:
+    """The module called MHA, GQA-4 (key/value heads) or MQA, of heads of d_model / n_head numbers.
+
+    MHA-4 has four heads only, MQA-8 has heads of 8 numbers, MLA-32 caches 32 numbers a token.
+    """
+    C, n_head, d = config.d_model, config.n_head, config.d_model // config.n_head
+    kind, _, digits = name.partition("-")
+    number = int(digits or 0)
+    if kind == "MLA":
+        return MultiHeadLatentAttention(C, n_head, number, d)
+    if kind == "GQA":
+        return GroupedQueryAttention(C, n_head, number, d)
+    if kind == "MQA":
+        return GroupedQueryAttention(C, n_head, 1, number or d)
+    return GroupedQueryAttention(C, number or n_head, number or n_head, d)
+
+
+def new_net(name: str, config: Config, device: torch.device) -> LookupNet:
+    """The net of a variant, untrained, the same for the same seed."""
+    torch.manual_seed(config.seed)
+    return LookupNet(make_attention(name, config), config).to(device)
+
+
+def draw_splits(
+    config: Config, device: torch.device
+) -> tuple[Sequences, Sequences, torch.Generator]:
+    """Test and validation sequences, and the stream that goes on with those to train on."""
+    stream = torch.Generator(device).manual_seed(config.seed)
+    return draw_sequences(2000, config, stream), draw_sequences(1000, config, stream), stream
+
+
+def pool_heads(mha: GroupedQueryAttention, n_kv_head: int) -> GroupedQueryAttention:
+    """Each key/value head becomes the mean of those it replaces (Ainslie 2023, section 2.1)."""
+    C, d, state = mha.q_proj.in_features, mha.head_dim, mha.state_dict()
+    for name in ("k_proj.weight", "v_proj.weight"):
+        state[name] = state[name].view(n_kv_head, -1, d, C).mean(1).view(-1, C)
+    new = GroupedQueryAttention(C, mha.n_head, n_kv_head, d).to(mha.q_proj.weight)
+    new.load_state_dict(state)
+    return new
+
+
+def cached_numbers(module: nn.Module) -> int:
+    """How many numbers `module` keeps of one token."""
+    cache, weight = KVCache(max_len=1), module.q_proj.weight
+    module(weight.new_zeros(1, 1, weight.shape[1]), cache=cache)
+    return sum(memory.numel() for memory in cache.memory)
+
+
+def alignment(weights: Tensor, data: Sequences) -> Tensor:
+    """(L, n_head): how often the largest of weights (N, n_head, T, T) is on the right token."""
+    looks_at = weights.argmax(3)[:, None]  # (N, 1, n_head, T)
+    return (looks_at == data.where[:, :, None]).float().mean((0, 3))
+
+
+def accuracy_and_steps(net: LookupNet, history: list[Training], data: Sequences) -> tuple:
+    """Accuracy on `data` in %, and the step of the first validation with 99 % (NaN: never)."""
+    right = predict(net, data)[0].argmax(2) == data.label
+    steps = next((h.step for h in history if h.val_accuracy >= 0.99), math.nan)
+    return 100 * right.double().mean().item(), steps
+
+
+@torch.no_grad()
+def decode_times(name: str, config: Config, device: torch.device) -> dict[str, list[float]]:
+    """By context: seconds of a decoding step, of PyTorch's own attention, and bytes of the cache.
+
+    As many heads as the variant has, but of 64 numbers, as in real models; batch 4. Ours is the
+    module's step from its cache, projections included; PyTorch's (not for MLA) is
+    scaled_dot_product_attention(enable_gqa=True) alone, on the same cache.
+    """
+    wide = replace(config, d_model=64 * config.n_head)
+    if name.startswith("MLA"):
+        name = f"MLA-{int(name[4:]) * wide.d_model // config.d_model}"
+    module, x = make_attention(name, wide).to(device), torch.randn(4, 1, wide.d_model).to(device)
+    q = split_heads(module.q_proj(x), module.n_head)
+    longest = min(8192, 2**29 // (2048 * config.n_head))  # MHA's cache is 512 MB at the most
+    found = {"context": [longest // n for n in (16, 8, 4, 2, 1)]}
+    found |= {"ours": [], "PyTorch": [], "bytes": []}
+    for context in found["context"]:
+        cache, times = KVCache(context), []
+        for _ in range(12):
+            start = time.perf_counter()
+            module(x, cache=cache)[0].sum().item()  # .item() waits until the device has finished
+            middle = time.perf_counter()
+            if not name.startswith("MLA"):
+                F.scaled_dot_product_attention(q, *cache.memory, enable_gqa=True).sum().item()
+            times.append((middle - start, time.perf_counter() - middle))
+            cache.length = context - 1  # as if all tokens but the last were there
+        ours, theirs = np.median(times[2:], axis=0)  # the first two warm up
+        found["ours"].append(ours)
+        found["PyTorch"].append(math.nan if name.startswith("MLA") else theirs)
+        found["bytes"].append(sum(memory.nbytes for memory in cache.memory))
+    return found
+
+
+@matplotlib.style.context("default")  # whatever the matplotlibrc on this machine says
+def report(
+    nets: dict[str, LookupNet], histories: dict[str, list[Training]], test: Sequences,
+    config: Config, note: str,
+) -> dict[str, dict]:  # fmt: skip
+    """Score every net on the test sequences, decode from its cache, draw, print the tables."""
+    results, weights, times, few = {}, {}, {}, Sequences(*(field[:100] for field in test))
+    for name, net in nets.items():
+        history = histories[name]
+        net.load_state_dict(history[best(history)].weights)
+        logits, weights[name] = predict(net, test)  # the one look at the test sequences
+        times[name] = decode_times(name, config, test.digit.device)
+        results[name] = {"dataset": f"{config.lookups} lookups"}
+        results[name] |= score(test.label.flatten(), logits.argmax(2).flatten(), DIGITS)
         results[name] |= {
-            "train_seconds": run.seconds,
+            "train_seconds": history[-1].seconds,
             "epochs_run": 1,  # every sequence is seen once
-            "steps_run": run.step[-1],
+            "steps_to_99": accuracy_and_steps(net, history, few)[1],
             "parameters": sum(p.numel() for p in net.parameters()),
-            "cache_bytes_per_token": KVCache(1, n_kv_head, 1, module.head_dim).nbytes,
-            "alignment": tuple(shares[name].amax(1).tolist()),
-            "decode_microseconds": 1e6 * decode_times[n_kv_head] if head_dim is None else math.nan,
-            "interrupted": run.interrupted,
+            "cached_numbers": cached_numbers(net.attention),
+            "decode_microseconds": 1e6 * times[name]["ours"][-1],
+            "decode_difference": (decode(net, few) - logits[:100]).abs().max().item(),
+            "alignment": alignment(weights[name], test).amax(1).tolist(),
         }
-        nets[name], runs[name] = net, run
-        print(f"\n{name}, test sequences\n{results[name]['report']}")
-        if run.interrupted:
-            interrupted = f"{name} interrupted after step {run.step[-1]}"
-            break
 
-    print(
-        "variant   accuracy  precision  recall      F1  parameters  cache bytes/token  "
-        "train s  decode us  alignment"
-    )
-    for name, row in results.items():
-        decode_time = row["decode_microseconds"]  # NaN for MQA-wide, which is not timed
-        print(
-            f"{name:8}  {row['accuracy']:8.4f}  {row['precision']:9.4f}  {row['recall']:6.4f}  "
-            f"{row['f1']:6.4f}  {row['parameters']:10,}  {row['cache_bytes_per_token']:17,}  "
-            f"{row['train_seconds']:7.1f}  "
-            f"{'-' if math.isnan(decode_time) else format(decode_time, ',.0f'):>9}  "
-            f"{row['alignment'][0]:.2f} {row['alignment'][1]:.2f}"
-        )
-    print("decode: one token, batch 4, 32 query heads of 64, 8,192 tokens of context")
-
-    title = "Two lookups, test accuracy: " + ", ".join(
-        f"{name} {row['accuracy']:.2%}" for name, row in results.items()
-    )
-    if interrupted:
-        title += f" ({interrupted})"
-    first = next(iter(nets))
-    looker = int(shares[first][0].argmax())
+    title = f"{config.lookups} lookups among {config.seq_len} tokens{note}"
+    decode_title = f"One decoding step: batch 4, heads of 64, float32, {test.digit.device}"
+    first, worst = next(iter(results)), min(results, key=lambda name: results[name]["accuracy"])
+    matrices = {name: results[name]["confusion_matrix"] for name in (first, worst)}
     figures = {
-        "part3_attention_heatmaps": heatmap_figure(nets, test, shares, title),
-        "part3_training_curves": learning_figure(runs, title),
-        "part3_confusion_matrix": confusions_figure(
-            {name: row["confusion_matrix"] for name, row in results.items()}, "Two lookups, test"
-        ),
-        "part3_head_sharing": sharing_figure(nets, "Which query heads share a key/value head"),
-        "part3_decode": decode,
-        "part3_qkv": qkv_figure(
-            nets[first], test, looker, f"{first}, head {looker}, one test sequence, step by step"
-        ),
+        "attention_heatmaps": heatmap_figure(weights, test, title),
+        "training_curves": curves_figure(histories, title),
+        "confusion_matrix": confusion_figure(matrices, DIGITS, title),
+        "head_sharing": sharing_figure({name: net.attention for name, net in nets.items()}, title),
+        "decode": decode_figure(times, decode_title),
+        "qkv": qkv_figure(first, nets[first], test),
     }
     for name, figure in figures.items():
-        save_figure(figure, config.images_dir / f"{name}.png")
-    if interrupted:
-        raise KeyboardInterrupt
-    if config.study:
-        study(nets, results, config, device)
+        save_figure(figure, config.images_dir / f"part3_{name}.png")
+
+    for name, row in results.items():
+        print(f"\n{name}, test sequences{note}\n{row['report']}")
+    columns = {"accuracy": ".4f", "precision": ".4f", "recall": ".4f", "f1": "6.4f"}
+    columns |= {"parameters": ",", "cached_numbers": "", "steps_to_99": ".0f"}
+    columns |= {"train_seconds": ".1f", "decode_microseconds": ",.0f"}
+    print("variant  " + "  ".join(f"{key:>6}" for key in columns) + "  alignment")
+    for name, row in results.items():
+        cells = (f"{format(row[key], form):>{max(6, len(key))}}" for key, form in columns.items())
+        print(f"{name:7}", *cells, " ".join(f"{a:.2f}" for a in row["alignment"]), sep="  ")
+    print(f"decode: batch 4, heads of 64, {times[name]['context'][-1]:,} tokens in the cache")
+    difference = max(row["decode_difference"] for row in results.values())
+    print(
+        f"100 sequences token by token from the cache: logits within {difference:.0e} of the above"
+    )
     return results
+
+
+def new_figure(title: str, size: tuple[float, float], *grid: int, **more: object) -> tuple:
+    """A figure and its axes; `grid` is rows and columns, `size` is in inches of 100 pixels."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(*grid, **more)
+
+
+def confusion_figure(matrices: dict[str, np.ndarray], classes: list[str], title: str) -> Figure:
+    """Confusion matrices by heading: counts and row percentages, rows true, columns predicted."""
+    down, across = math.ceil(len(matrices) / 2), min(2, len(matrices))
+    size = (11, 5.8 * down) if across == 2 else (9, 8.5)
+    figure, grid = new_figure(title, size, down, across, squeeze=False)
+    slant = 45 if max(map(len, classes)) > 3 else 0
+    for axes, (heading, matrix) in zip(grid.flat, matrices.items(), strict=False):
+        share = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+        display = ConfusionMatrixDisplay(share, display_labels=classes)
+        display.plot(ax=axes, cmap="magma_r", colorbar=False, xticks_rotation=slant)
+        display.im_.set_clim(0, 1)
+        for cell, text in np.ndenumerate(display.text_):
+            text.set_text(f"{matrix[cell]}\n{share[cell]:.1%}" if matrix[cell] else "")
+            text.set(fontsize=8, color="white" if share[cell] > 0.5 else "black")
+        axes.set(xlabel="predicted", ylabel="true", title=heading)
+    return figure
+
+
+def curves_figure(histories: dict[str, list[Training]], title: str) -> Figure:
+    """Validation loss and accuracy of every variant by training step."""
+    figure, (left, right) = new_figure(title, (10, 4), 1, 2)
+    for name, history in histories.items():
+        steps, percent = [h.step for h in history], [100 * h.val_accuracy for h in history]
+        left.plot(steps, [h.val_loss for h in history], "o-", markersize=3, label=name)
+        right.plot(steps, percent, "o-", markersize=3, label=name)
+    left.set(xlabel="step", ylabel="validation cross-entropy (nats)", yscale="log")
+    right.set(xlabel="step", ylabel="validation accuracy (%)")
+    left.legend()
+    return figure
+
+
+def heatmap_figure(weights: dict[str, Tensor], data: Sequences, title: str) -> Figure:
+    """For each lookup the truth, and the best head of each variant, on one sequence."""
+    L, T = data.where.shape[1:]
+    title += "\nrow: the token that asks; column: the token that it looks at"
+    figure, grid = new_figure(title, (14, 0.8 + 2.4 * L), L, 1 + len(weights), squeeze=False)
+    for i in range(L):
+        pictures = {f"lookup {i + 1}: truth": F.one_hot(data.where[0, i], T)}
+        for name, by_head in weights.items():
+            share, head = alignment(by_head, data)[i].max(0)
+            pictures[f"{name}, head {head}\nright: {share:.0%}"] = by_head[0, head]
+        for axes, (heading, picture) in zip(grid[i], pictures.items(), strict=True):
+            shown = axes.imshow(picture.numpy(force=True), vmin=0, vmax=1)
+            axes.set(title=heading, xticks=[], yticks=[])
+    figure.colorbar(shown, ax=grid, label="weight", shrink=0.6)
+    return figure
+
+
+def sharing_figure(modules: dict[str, nn.Module], title: str) -> Figure:
+    """Which query heads read which cached key/value head, or MLA's latent c."""
+    figure, grid = new_figure(title, (10, 1.6 * len(modules) + 0.3), len(modules), squeeze=False)
+    for axes, (name, module) in zip(grid.flat, modules.items(), strict=True):
+        group, shown = module.n_head // getattr(module, "n_kv_head", 1), min(module.n_head, 32)
+        for head in range(shown):  # as many as can be read
+            kv, colour = head // group, f"C{head // group % 10}"
+            centre, text = (kv + 0.5) * group - 0.5, "c" if "MLA" in name else f"k{kv}\nv{kv}"
+            box, place = {"fc": colour, "ec": colour}, {"ha": "center", "va": "center"}
+            axes.plot([head, centre], [1, 0], color=colour)
+            axes.text(head, 1, f"q{head}", bbox=box | {"fc": "w"}, **place)
+            axes.text(centre, 0, text, color="w", bbox=box, **place)
+        axes.set(ylim=(-0.6, 1.5), xlim=(-0.6, max(15, shown - 1) + 0.6))
+        axes.set_title(f"{name}: {cached_numbers(module)} numbers cached for a token", fontsize=10)
+        axes.axis("off")
+    return figure
+
+
+def decode_figure(times: dict[str, dict], title: str) -> Figure:
+    """Time and cache of a decoding step by context length, every variant and PyTorch's (dashed)."""
+    figure, (left, right) = new_figure(title, (10, 4.4), 1, 2)
+    for i, (name, row) in enumerate(times.items()):
+        left.plot(row["context"], 1e3 * np.array(row["ours"]), "o-", color=f"C{i}", label=name)
+        left.plot(row["context"], 1e3 * np.array(row["PyTorch"]), "--", color=f"C{i}")
+        right.plot(row["context"], np.array(row["bytes"]) / 2**20, "o-", color=f"C{i}", label=name)
+    left.set_ylabel("milliseconds for one step (dashed: PyTorch's attention)")
+    right.set_ylabel("cache (MiB)")
+    for axes in (left, right):
+        axes.set(xlabel="tokens in the cache", xscale="log", yscale="log")
+        axes.set_xticks(row["context"], row["context"], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    right.legend()
+    return figure
+
+
+@torch.no_grad()
+def qkv_figure(name: str, net: LookupNet, data: Sequences) -> Figure:
+    """The best head for the first lookup, on one sequence: Q, K, V, ... with their numbers."""
+    head = int(alignment(predict(net, data)[1], data)[0].argmax())
+    q, k, v = net.attention.heads(net.embed(Sequences(*(field[:1] for field in data))))
+    output, weights = attention(q, k, v, net.causal)
+    kv = head * net.attention.n_kv_head // net.attention.n_head
+    q, k, v = q[0, head], k[0, kv], v[0, kv]  # (T, d)
+    scores = (q @ k.T / math.sqrt(q.shape[1])).masked_fill(~net.causal, math.nan)
+    panels = {
+        "Q: what each token wants": q,
+        "K: what each token is called": k,
+        "V: what each token has to give": v,
+        "scores = Q K^T / sqrt(d), causal": scores,
+        "weights = softmax of each row": weights[0, head],
+        "output = weights V": output[0, head],
+    }
+    title = f"{name}, head {head}, one test sequence, step by step"
+    figure, grid = new_figure(title, (13, 9), 2, 3)
+    for axes, (heading, matrix) in zip(grid.flat, panels.items(), strict=True):
+        matrix = matrix[:12, :12].numpy(force=True)  # as much as can be read
+        limit = np.nanmax(np.abs(matrix))
+        axes.imshow(matrix, aspect="auto", cmap="coolwarm", vmin=-limit, vmax=limit)
+        for (row, col), value in np.ndenumerate(matrix):
+            text, colour = f"{value:.1f}", "white" if abs(value) > 0.7 * limit else "black"
+            if not math.isnan(value):
+                axes.text(col, row, text, ha="center", va="center", color=colour, fontsize=9)
+        across = "token looked at" if "scores" in heading or "weights" in heading else "dimension"
+        axes.set(title=heading.replace("_", " "), ylabel="token", xlabel=across)
+    return figure
+
+
+@matplotlib.style.context("default")
+def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, list]:
+    """Many cache sizes with three seeds; then fewer heads from the trained MHA by pooling."""
+    n, d = config.n_head, config.d_model // config.n_head
+    families = {
+        "MHA": ["MHA", *(f"MHA-{n // k}" for k in (2, 4, 8, 16) if n % k == 0)],
+        "GQA": [f"GQA-{n // k}" for k in (2, 4, 8) if n % k == 0],
+        "MQA": [f"MQA-{d * k}" for k in (1, 2, 4)],
+        "MLA": [f"MLA-{d * k}" for k in (2, 4, 8, 16)],
+    }
+    found: dict[str, list] = {name: [] for names in families.values() for name in names}
+    runs = [(replace(config, seed=config.seed + i), name) for i in range(3) for name in found]
+    for setting, name in tqdm(runs, "study", disable=None):
+        test, validation, stream = draw_splits(setting, device)
+        net, history = new_net(name, setting, device), []
+        with contextlib.redirect_stdout(None):  # no rows
+            train(net, setting, validation, stream, history)
+        numbers = cached_numbers(net.attention)
+        found[name].append((numbers, *accuracy_and_steps(net, history, test)))
+
+    what = f"{config.lookups} lookups, {config.steps:,} steps, three seeds"
+    print(f"\n{what}\nvariant  cached  accuracy by seed, %   steps to 99 % (nan: never)")
+    figure, (left, right) = new_figure(what, (10, 4.6), 1, 2)
+    for colour, names in zip(("C0", "C1", "C2", "C3"), families.values(), strict=True):
+        for name in names:
+            numbers, percents, steps = zip(*found[name], strict=True)
+            print(f"{name:7}  {numbers[0]:6}", *(f"{p:6.2f}" for p in percents), *steps)
+            left.plot(numbers, percents, "o", color=colour, markersize=4)
+            right.plot(numbers, steps, "o", color=colour, markersize=4)
+        means = np.array([found[name] for name in names]).mean(1)  # (sizes, 3)
+        left.plot(means[:, 0], means[:, 1], color=colour, label=names[0].partition("-")[0])
+    left.set(ylabel="accuracy (%): each seed, and the mean")
+    left.legend()
+    right.set(ylabel="steps to 99 % on validation (none: never)", ylim=(0, 1.05 * config.steps))
+    sizes = sorted({rows[0][0] for rows in found.values()})
+    for axes in (left, right):
+        axes.set(xlabel="numbers cached for a token", xscale="log", xlim=(sizes[0] / 1.2, None))
+        axes.set_xticks(sizes, sizes, minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    save_figure(figure, config.images_dir / "part3_cache_tradeoff.png")
+
+    few, (test, validation, stream) = sorted(config.n_kv_head)[:-1], draw_splits(config, device)
+    title = f"From MHA by pooling key/value heads, seed {config.seed}"
+    figure, axes = new_figure(title, (10, 4.4))
+    print("\nfrom MHA by pooling; further steps    0 %    1 %    5 %   10 %   20 %")
+    for n_kv_head, pooled in ((n, pooled) for n in few for pooled in (True, False)):
+        accuracies, percents = [], (0, 1, 5, 10, 20)
+        for percent in percents:
+            net, history = new_net(f"GQA-{n_kv_head}", config, device), []
+            if pooled:
+                net.load_state_dict(
+                    mha.state_dict() | net.attention.state_dict(prefix="attention.")
+                )
+                net.attention = pool_heads(mha.attention, n_kv_head)
+            if percent > 0:
+                setting = replace(config, steps=max(1, config.steps * percent // 100))
+                with contextlib.redirect_stdout(None):  # no rows
+                    train(net, setting, validation, stream.clone_state(), history)
+            accuracies.append(accuracy_and_steps(net, history, test)[0])
+        name = f"{n_kv_head} key/value heads, {'pooled' if pooled else 'from scratch'}"
+        print(f"{name:33}" + "".join(f"{a:7.2f}" for a in accuracies))
+        axes.plot(percents, accuracies, "o-" if pooled else "o--", label=name)
+        found[name] = accuracies
+    axes.set(xlabel="further training (% of the original steps)", ylabel="accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, config.images_dir / "part3_study_from_mha.png")
+    return found
+
+
+DIGITS = list("0123456789")
+
+
+class UserError(ValueError):
+    """Something the user can mend: shown as one line, without a traceback."""
+
+
+def check_fields(config: object, limits: dict[str, tuple[float, float]]) -> None:
+    """Raise UserError for a value not of its field's type, or a number not within its limits."""
+    for field in fields(config):
+        value, every = getattr(config, field.name), CollectionCheckStrategy.ALL_ITEMS
+        if field.type is Path and isinstance(value, str | Path):  # a string will do
+            value = Path(os.path.expanduser(value))
+            object.__setattr__(config, field.name, value)
+        try:
+            check_type(value, field.type, collection_check_strategy=every)
+        except TypeCheckError as error:
+            raise UserError(f"{field.name} is {value!r}, but that {error}") from None
+        low, high = limits.get(field.name, (-math.inf, math.inf))
+        for number in value if isinstance(value, tuple) else (value,):
+            if field.name in limits and not low <= number <= high:  # as NaN is not
+                raise UserError(f"{field.name} is {value}: it must be from {low} to {high}")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: nobody ever meets half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another folder") from None
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write `figure` as a PNG."""
+    figure.savefig(picture := io.BytesIO(), format="png", dpi=100)
+    write_whole(path, picture.getvalue())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; auto is the accelerator that is there (CUDA, MPS), else the CPU."""
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = torch.device(name) if name != "auto" else there or torch.device("cpu")
+    if found.type not in ("cpu", there and there.type):
+        raise UserError(f"device {name} is not available here; use --device cpu or auto")
+    return found
+
+
+def explain(error: Exception) -> str:
+    """What a user can do about `error`; a mistake in the code goes on as a traceback."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if known or "DefaultCPUAllocator" in str(error):
+        return "out of memory: try a smaller --batch-size, or a smaller net"
+    if isinstance(error, OSError) and error.filename is None:  # no file, so it is the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own last flush fails again
+        return f"stopped, for the output failed ({error.strerror})"
+    if isinstance(error, UserError):
+        return str(error)
+    raise error
 
 
 def command_line() -> int:
     """Run `main` with the flags given; what a user can cause ends in one line, not a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    for sign in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(sign) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(sign, signal.default_int_handler)  # end the run as Ctrl-C does
     try:
+        Config()  # a default that was edited into something impossible is told first
         main(tyro.cli(Config))
         print(end="", flush=True)  # here, where a failure can still be told
         return 0
-    except UserError as error:
-        problem = str(error)
-    except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        problem = "out of memory: try a smaller --batch-size, or a smaller net"
-    except OSError as error:  # the output's disk is full, or its reader has gone, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        problem = f"stopped, for a file or the output failed ({error.strerror})"
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+        problem, status = "stopped", 130
+    except Exception as error:
+        problem, status = explain(error), 1
     print(f"{Path(__file__).name}: {problem}", file=sys.stderr)
-    return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -1,33 +1,23 @@
-"""Helpers of the tests: the real command line, without a network, on a tiny budget."""
+"""What several test files need: the three scripts, tiny data, and the real data where it is."""
 
+import importlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from forked import DEAD_PROXY, ROOT
+import torch
+
+PARTS = ["part1_mlp_mnist", "part2_rnn_fashion", "part3_attention"]
+WITH_DATA = PARTS[:2]
 
 
-@pytest.fixture
-def run_script(tmp_path):
-    """Run a script of the project as a user would, offline, in an empty folder."""
-
-    def run(script: str, *flags: str, timeout: float = 120) -> subprocess.CompletedProcess:
-        environment = os.environ | {
-            **{name: DEAD_PROXY for name in ("http_proxy", "https_proxy", "HTTPS_PROXY")},
-            "no_proxy": "",
-        }
-        return subprocess.run(
-            [sys.executable, "-W", "error::DeprecationWarning:__main__", ROOT / script, *flags],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-
-    return run
+@pytest.fixture(params=PARTS)
+def part(request, monkeypatch):
+    """Each script as a module, without mirrors: nothing asks for a network."""
+    module = importlib.import_module(request.param)
+    if request.param in WITH_DATA:
+        monkeypatch.setattr(module, "MIRRORS", [])
+    return module
 
 
 @pytest.fixture
@@ -36,3 +26,26 @@ def data_dir():
     if "DATA_DIR" not in os.environ:
         pytest.skip("DATA_DIR is not set")
     return Path(os.environ["DATA_DIR"]).resolve()
+
+
+def small_data(module, n_train=256, n_val=64, n_test=64):
+    """Ten noisy prototypes: easy to learn, and made in no time."""
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.randn(10, 28, 28, generator=generator)
+
+    def split(n):
+        labels = torch.randint(10, (n,), generator=generator)
+        return prototypes[labels] + 0.5 * torch.randn(n, 28, 28, generator=generator), labels
+
+    return module.Data("toy", list("0123456789"), *split(n_train), *split(n_val), *split(n_test))
+
+
+def small_config(module, **settings):
+    """A setting that runs in a second."""
+    small = {
+        "part1_mlp_mnist": {"hidden": (8,), "batch_size": 64, "epochs": 2},
+        "part2_rnn_fashion": {"hidden_size": 8, "encoder_size": 8, "batch_size": 64, "epochs": 2},
+        "part3_attention": {"d_model": 16, "n_head": 2, "n_kv_head": (2, 1), "kv_latent": (8,),
+                            "steps": 30, "batch_size": 16},
+    }[module.__name__]  # fmt: skip
+    return module.Config(**(small | settings))

@@ -24,7 +24,7 @@ def server():
     """The server process: it starts with the first run. Unix only."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "torchvision", "sklearn.datasets", "sklearn.metrics", "matplotlib.figure", "tyro"]
+        ["torch", "torchvision", "sklearn.datasets", "sklearn.metrics", "matplotlib.style", "tyro"]
     )
     return context
 
@@ -51,11 +51,10 @@ def child(script, flags, cwd, out, err, buffered, limits, changes):
     torch.set_num_threads(1)  # so small a net is faster with one
     sys.argv = [f"{script}.py", *flags]
     if not changes:
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")  # script may be a path
     part = importlib.import_module(script)
     for name, value in changes.items():
-        owner = part.DATASET if name == "resources" else part
-        setattr(owner, name, value)
+        setattr(part, name, value)
     sys.exit(part.command_line())
 
 

@@ -1,31 +1,28 @@
-"""Part 3: attention against PyTorch's own, the cache, the task, and the command line."""
+"""Part 3: attention against PyTorch's own, the latent variant, the cache, the task, the quality."""
 
-import dataclasses
+import itertools
 import math
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import small_config
 
 import part3_attention as part3
-from part3_attention import GroupedQueryAttention, KVCache, attention
+from part3_attention import (
+    GroupedQueryAttention,
+    KVCache,
+    MultiHeadLatentAttention,
+    attention,
+    split_heads,
+)
 
 CPU = torch.device("cpu")
-FIGURES = [
-    "attention_heatmaps",
-    "training_curves",
-    "confusion_matrix",
-    "head_sharing",
-    "decode",
-    "qkv",
-]
 
 
-def random_heads(draw):
-    """(n_head, n_kv_head): MHA, MQA and everything between."""
-    n_kv_head = draw.choice([1, 2, 3, 4])
-    return n_kv_head * draw.choice([1, 2, 3]), n_kv_head
+def causal(T):
+    return torch.ones(T, T, dtype=torch.bool).tril()
 
 
 # ------------------------------------------ attention ----------------------------------------- #
@@ -35,7 +32,8 @@ def random_heads(draw):
 def test_values_and_gradients_equal_scaled_dot_product_attention(case):
     draw = random.Random(case)
     torch.manual_seed(case)
-    n_head, n_kv_head = random_heads(draw)
+    n_kv_head = draw.choice([1, 2, 3, 4])
+    n_head = n_kv_head * draw.choice([1, 2, 3])
     B, T, S, d = (draw.randint(1, n) for n in (4, 7, 9, 8))
     q = torch.randn(B, n_head, T, d, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(B, n_kv_head, S, d, dtype=torch.float64, requires_grad=True) for _ in "kv")
@@ -55,6 +53,27 @@ def test_values_and_gradients_equal_scaled_dot_product_attention(case):
         strict=True,
     ):
         assert (mine - torchs).abs().max() < 1e-9
+
+
+def test_shared_heads_equal_repeated_heads():
+    """The definition: [K1, K1, K2, K2] for four query heads and two key/value heads."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 5, 3), torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 3)
+    repeated = attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))[0]
+    assert torch.allclose(attention(q, k, v)[0], repeated, atol=1e-6)
+
+
+def test_softmax_equals_torchs_with_gradients():
+    torch.manual_seed(0)
+    scores = torch.randn(50, 7, dtype=torch.float64) * 10
+    scores[:, 0], scores[3, 2:] = 5.0, -math.inf  # ties, and hidden entries
+    scores.requires_grad_()
+    direction = torch.randn_like(scores)
+    ours, torchs = part3.softmax(scores), scores.softmax(-1)
+    assert (ours - torchs).abs().max() < 1e-12
+    (mine,) = torch.autograd.grad((ours * direction).sum(), scores)
+    (reference,) = torch.autograd.grad((torchs * direction).sum(), scores)
+    assert (mine - reference).abs().max() < 1e-12
 
 
 def test_a_query_with_nothing_to_attend_to_gets_zeros():
@@ -86,17 +105,20 @@ def test_scores_are_scaled():
     assert torch.allclose(weights[1] / weights[0], torch.tensor(math.e**2))
 
 
+def test_heads_are_cut_within_each_token():
+    """The docstring's example: a token's numbers go to its own place in each head."""
+    x = torch.tensor([[[0, 10], [1, 11], [2, 12], [3, 13]]])
+    assert split_heads(x, 2)[0, :, :, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert torch.equal(part3.merge_heads(split_heads(x, 2)), x)
+
+
 def test_heads_that_do_not_divide_are_refused():
     q, k = torch.randn(1, 4, 2, 3), torch.randn(1, 3, 2, 3)
     with pytest.raises(ValueError, match="4 query heads"):
         attention(q, k, k)
-    with pytest.raises(ValueError, match="n_kv_head 3"):
-        GroupedQueryAttention(8, 4, 3)
-    with pytest.raises(ValueError, match="d_model 10"):
-        GroupedQueryAttention(10, 4, 4)
 
 
-# ------------------------------------------- module ------------------------------------------- #
+# ------------------------------------------- modules ------------------------------------------ #
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -105,15 +127,15 @@ def test_module_equals_torch_nn_multihead_attention(case):
     torch.manual_seed(case)
     n_head, d = draw.randint(1, 5), draw.randint(1, 6)
     C, B, T = n_head * d, draw.randint(1, 4), draw.randint(1, 8)
-    ours = GroupedQueryAttention(C, n_head, n_head).double()
+    ours = GroupedQueryAttention(C, n_head, n_head, d).double()
     reference = torch.nn.MultiheadAttention(C, n_head, bias=False, batch_first=True).double()
     with torch.no_grad():
         projections = (ours.q_proj, ours.k_proj, ours.v_proj)
         reference.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
         reference.out_proj.weight.copy_(ours.o_proj.weight)
     x = torch.randn(B, T, C, dtype=torch.float64, requires_grad=True)
-    mask = torch.ones(T, T, dtype=torch.bool).tril() if case % 2 else None
-    y, weights = ours(x, mask, need_weights=True)
+    mask = causal(T) if case % 2 else None
+    y, weights = ours(x, mask)
     forbidden = None if mask is None else ~mask
     y_ref, weights_ref = reference(x, x, x, attn_mask=forbidden, average_attn_weights=False)
     assert (y - y_ref).abs().max() < 1e-9
@@ -127,25 +149,29 @@ def test_module_equals_torch_nn_multihead_attention(case):
     assert (ours_grad[4] - ref_grad[2]).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_module_equals_attention_written_out_head_by_head(n_kv_head):
+@pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MQA-5", "MLA-6"])
+def test_modules_equal_attention_written_out_head_by_head(name):
     torch.manual_seed(0)
-    module = GroupedQueryAttention(12, 4, n_kv_head).double()
+    module = part3.make_attention(name, small_config(part3, d_model=12, n_head=4, n_kv_head=(4,)))
+    module, d = module.double(), module.head_dim
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     heads = []
     for h in range(4):
-        shared = h // (4 // n_kv_head)
-        rows, kv_rows = slice(3 * h, 3 * h + 3), slice(3 * shared, 3 * shared + 3)
-        q = x @ module.q_proj.weight[rows].T
-        k, v = x @ module.k_proj.weight[kv_rows].T, x @ module.v_proj.weight[kv_rows].T
-        heads.append((q @ k.transpose(1, 2) / math.sqrt(3)).softmax(-1) @ v)
+        q = x @ module.q_proj.weight[h * d : h * d + d].T
+        if name.startswith("MLA"):
+            c = x @ module.kv_down.weight.T
+            k, v = (c @ up.weight[h * d : h * d + d].T for up in (module.k_up, module.v_up))
+        else:
+            shared = d * (h // (4 // module.n_kv_head))
+            k, v = (x @ p.weight[shared : shared + d].T for p in (module.k_proj, module.v_proj))
+        heads.append((q @ k.transpose(1, 2) / math.sqrt(d)).softmax(-1) @ v)
     by_hand = torch.cat(heads, 2) @ module.o_proj.weight.T
     assert (module(x)[0] - by_hand).abs().max() < 1e-9
 
 
 def test_mqa_equals_mha_whose_heads_have_the_same_keys_and_values():
     torch.manual_seed(0)
-    mqa, mha = GroupedQueryAttention(12, 4, 1), GroupedQueryAttention(12, 4, 4)
+    mqa, mha = GroupedQueryAttention(12, 4, 1, 3), GroupedQueryAttention(12, 4, 4, 3)
     state = mqa.state_dict()
     for name in ("k_proj.weight", "v_proj.weight"):
         state[name] = state[name].repeat(4, 1)
@@ -154,142 +180,104 @@ def test_mqa_equals_mha_whose_heads_have_the_same_keys_and_values():
     assert torch.allclose(mqa(x)[0], mha(x)[0], atol=1e-6)
 
 
-def test_from_mha_pools_by_the_mean_and_changes_nothing_at_equal_heads():
+def test_pooled_heads_are_means_and_equal_heads_change_nothing():
     torch.manual_seed(0)
-    mha = GroupedQueryAttention(12, 4, 4)
+    mha = GroupedQueryAttention(12, 4, 4, 3)
     x = torch.randn(2, 5, 12)
-    assert torch.equal(GroupedQueryAttention.from_mha(mha, 4)(x)[0], mha(x)[0])
-    gqa = GroupedQueryAttention.from_mha(mha, 2)
+    assert torch.equal(part3.pool_heads(mha, 4)(x)[0], mha(x)[0])
+    gqa = part3.pool_heads(mha, 2)
     old, new = mha.k_proj.weight, gqa.k_proj.weight  # (4 heads of 3, 12), (2 heads of 3, 12)
     assert torch.allclose(new[:3], (old[0:3] + old[3:6]) / 2)
     assert torch.allclose(new[3:], (old[6:9] + old[9:12]) / 2)
     assert torch.equal(gqa.q_proj.weight, mha.q_proj.weight)
 
 
-def test_causal_mask_hides_every_later_token():
-    torch.manual_seed(0)
-    module = GroupedQueryAttention(12, 4, 2)
-    x = torch.randn(1, 6, 12)
-    mask = torch.ones(6, 6, dtype=torch.bool).tril()
-    for t in range(6):
-        changed = x.clone()
-        changed[:, t] += 1
-        moved = (module(x, mask)[0] - module(changed, mask)[0]).abs().amax((0, 2)) > 1e-7
-        assert moved.tolist() == [s >= t for s in range(6)]
-
-
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6"])
 @pytest.mark.parametrize("chunks", [[1] * 7, [3, 1, 3], [7]])
-def test_token_by_token_through_the_cache_equals_the_causal_pass(n_kv_head, chunks):
+def test_token_by_token_through_the_cache_equals_the_causal_pass(name, chunks):
+    """For MLA the cached way is the absorbed one, which never makes a key or a value."""
     torch.manual_seed(0)
-    module = GroupedQueryAttention(12, 4, n_kv_head).double()
-    x = torch.randn(2, 7, 12, dtype=torch.float64)
-    whole = module(x, torch.ones(7, 7, dtype=torch.bool).tril())[0]
-    cache = KVCache(2, n_kv_head, 7, 3, dtype=torch.float64)
-    parts = [module(part, cache=cache)[0] for part in x.split(chunks, dim=1)]
+    module = part3.make_attention(name, small_config(part3, d_model=12, n_head=4, n_kv_head=(4,)))
+    module, x = module.double(), torch.randn(2, 7, 12, dtype=torch.float64)
+    whole, weights = module(x, causal(7))
+    cache, parts, start = KVCache(7), [], 0
+    for part in x.split(chunks, dim=1):
+        end = start + part.shape[1]
+        y, seen = module(part, causal(7)[start:end, :end], cache)
+        assert (seen - weights[:, :, start:end, :end]).abs().max() < 1e-9
+        parts.append(y)
+        start = end
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-9
     assert cache.length == 7
-    assert cache.nbytes == 2 * 2 * n_kv_head * 7 * 3 * 8  # K and V, batch, heads, tokens, d, bytes
+    held = {"MHA": 2 * 4 * 3, "GQA-2": 2 * 2 * 3, "MQA": 2 * 3, "MLA-6": 6}[name]
+    assert sum(memory.numel() for memory in cache.memory) == 2 * 7 * held
+    assert part3.cached_numbers(module) == held
     with pytest.raises(ValueError, match="holds 7 tokens"):
         module(x[:, :1], cache=cache)
+
+
+def test_causal_mask_hides_every_later_token():
+    torch.manual_seed(0)
+    config = small_config(part3, seq_len=6)
+    net = part3.LookupNet(MultiHeadLatentAttention(16, 2, 8, 8), config).eval()
+    data = part3.draw_sequences(1, config, torch.Generator().manual_seed(0))
+    for t in range(6):
+        digit = data.digit.clone()
+        digit[0, t] = (digit[0, t] + 1) % 10
+        moved = (net(data)[0] - net(data._replace(digit=digit))[0]).abs().amax((0, 2)) > 1e-7
+        assert moved.tolist() == [s >= t for s in range(6)]
 
 
 # -------------------------------------------- task -------------------------------------------- #
 
 
 def test_labels_equal_a_slow_and_obvious_loop():
-    data = part3.draw_sequences(50, 6, torch.Generator().manual_seed(0))
-    for n in range(50):
-        for t in range(6):
-            total, found = 0, 0
-            for s in range(6):
-                if data.name_a[n, s] == data.wanted_a[n, t]:
-                    assert data.where_a[n, t] == s
-                    total, found = total + int(data.digit[n, s]), found + 1
-                if data.name_b[n, s] == data.wanted_b[n, t]:
-                    assert data.where_b[n, t] == s
-                    total, found = total + int(data.digit[n, s]), found + 1
-            assert found == 2
-            assert data.label[n, t] == total % 10
+    config = part3.Config(seq_len=6, lookups=3)
+    data = part3.draw_sequences(50, config, torch.Generator().manual_seed(0))
+    for n, t in itertools.product(range(50), range(6)):
+        label = 0
+        for lookup, factor in enumerate((1, 3, 7)):
+            names, wanted = data.names[n, lookup].tolist(), int(data.wanted[n, lookup, t])
+            assert sorted(names) == list(range(6))
+            place = names.index(wanted)
+            assert place < t or t == 0
+            assert place == data.where[n, lookup, t]
+            label += factor * int(data.digit[n, place])
+        assert data.label[n, t] == label % 10
 
 
-def test_classes_are_balanced_and_splits_are_disjoint():
-    drawn = {
-        split: part3.draw_sequences(2000, 8, part3.generator_for(split, 0, CPU))
-        for split in ("train", "validation", "test", "study")
-    }
-    counts = drawn["test"].label.flatten().bincount()
-    assert len(counts) == 10  # 1,600 of each expected, with a standard deviation of 38
-    assert counts.min() > 1450 and counts.max() < 1750
-    rows = [{tuple(row) for row in torch.cat(data[:5], 1).tolist()} for data in drawn.values()]
-    assert sum(map(len, rows)) == 8000 == len(set.union(*rows))
-    again = part3.draw_sequences(2000, 8, part3.generator_for("test", 0, CPU))
-    other = part3.draw_sequences(2000, 8, part3.generator_for("test", 1, CPU))
-    assert torch.equal(again.label, drawn["test"].label)
-    assert not torch.equal(other.label, drawn["test"].label)
+@pytest.mark.parametrize("lookups", [2, 3])
+def test_no_permutation_of_the_digits_gives_the_same_label(lookups):
+    """Which digit came from which lookup matters: no blend of the tokens can answer."""
+    digits = torch.cartesian_prod(*[torch.arange(10)] * lookups)  # (10^L, L)
+    factors = torch.tensor(part3.FACTORS[:lookups])
+    labels = (digits * factors).sum(1) % 10
+    for order in list(itertools.permutations(range(lookups)))[1:]:
+        assert ((digits[:, order] * factors).sum(1) % 10 != labels).float().mean() > 0.5
+
+
+def test_classes_are_balanced_and_seeds_and_draws_differ():
+    config = part3.Config()
+    stream = torch.Generator().manual_seed(0)
+    draws = [part3.draw_sequences(2000, config, stream) for _ in range(3)]
+    counts = draws[0].label.flatten().bincount()
+    assert len(counts) == 10  # 2,000 of each expected, with a standard deviation of 42
+    assert counts.min() > 1830 and counts.max() < 2170
+    rows = [{tuple(row) for row in draw.names.flatten(1).tolist()} for draw in draws]
+    assert sum(map(len, rows)) == 6000 == len(set.union(*rows))
+    last = torch.Generator().manual_seed(2**32 - 1)  # the largest seed that Config takes
+    assert not torch.equal(part3.draw_sequences(2000, config, last).digit, draws[0].digit)
 
 
 def test_alignment_of_heads_that_look_right_and_wrong():
-    data = part3.draw_sequences(10, 8, torch.Generator().manual_seed(0))
-    looks_a, looks_b = (F.one_hot(where, 8).float() for where in (data.where_a, data.where_b))
-    share = part3.alignment(torch.stack([looks_a, looks_b], 1), data)
-    agree = (data.where_a == data.where_b).float().mean().item()
+    config = part3.Config(lookups=2)
+    data = part3.draw_sequences(10, config, torch.Generator().manual_seed(0))
+    share = part3.alignment(F.one_hot(data.where, config.seq_len).float(), data)  # head i: lookup i
+    agree = (data.where[:, 0] == data.where[:, 1]).float().mean().item()
     assert torch.allclose(share, torch.tensor([[1, agree], [agree, 1]]))
 
 
-def test_wide_mqa_gets_the_parameters_back_but_no_more():
-    config = part3.Config()
-
-    def size(*shape):
-        return sum(p.numel() for p in GroupedQueryAttention(*shape).parameters())
-
-    mha, wide = size(64, 16, 16), size(64, 16, 1, part3.wide_head_dim(config))
-    assert 0.9 * mha < wide <= mha
-    assert size(64, 16, 1, part3.wide_head_dim(config) + 1) > mha
-
-
-def test_same_seed_same_bits_other_seed_other_bits():
-    def weights(seed):
-        config = part3.Config(steps=3, seed=seed, batch_size=8)
-        torch.manual_seed(seed)
-        net = part3.LookupNet(config, 2)
-        part3.train_variant(net, config, CPU, verbose=False)
-        return net.state_dict()
-
-    first, again, other = weights(1), weights(1), weights(2)
-    assert all(torch.equal(first[k], again[k]) for k in first)
-    assert not torch.equal(first["attention.q_proj.weight"], other["attention.q_proj.weight"])
-
-
-@pytest.mark.parametrize(
-    ("field", "settings"),
-    [
-        ("d_model", {"d_model": 60}), ("d_model", {"d_model": 0}), ("n_head", {"n_head": 0}),
-        ("n_kv_head", {"n_kv_head": (3,)}), ("n_kv_head", {"n_kv_head": ()}),
-        ("n_kv_head", {"n_kv_head": (8, 8)}), ("seq_len", {"seq_len": 1}),
-        ("steps", {"steps": 0}), ("lr", {"lr": math.nan}), ("seed", {"seed": -1}),
-    ],
-)  # fmt: skip
-def test_impossible_settings_are_refused_by_name(field, settings):
-    with pytest.raises(ValueError, match=f"^{field}"):
-        part3.Config(**settings)
-
-
-# ---------------------------------------- command line ---------------------------------------- #
-
-
-def test_command_writes_every_figure(run_script, tmp_path):
-    run = run_script("part3_attention.py", "--steps", "20", "--batch-size", "16", "--study")
-    assert run.returncode == 0, run.stderr
-    assert "macro avg" in run.stdout and "MQA-wide" in run.stdout and "GQA pooled" in run.stdout
-    names = {f"part3_{name}.png" for name in FIGURES} | {"part3_study_from_mha.png"}
-    assert {path.name for path in (tmp_path / "images").iterdir()} == names
-    for path in (tmp_path / "images").iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
-
-
-def test_help_names_every_field(run_script):
-    run = run_script("part3_attention.py", "--help")
-    assert run.returncode == 0
-    for field in dataclasses.fields(part3.Config):
-        assert f"--{field.name.replace('_', '-')}" in run.stdout
+def test_quality_gate(tmp_path):
+    """MHA answers at least 99 % with one seed; it needs no data (all variants: on the page)."""
+    config = part3.Config(n_kv_head=(16,), kv_latent=(), images_dir=tmp_path, device="cpu")
+    assert part3.main(config)["MHA"]["accuracy"] > 0.99

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("part*.py"))
 # Names that mean another thing in each script.
-OWN = {"Config", "Augment", "main", "study"}
+OWN = {"Config", "Training", "train", "predict", "report", "main", "study"}
+OWN |= {"curves_figure", "mistakes_figure"}
 
 
 def definitions(path):
@@ -25,8 +26,23 @@ def definitions(path):
 def test_shared_helpers_are_the_same_text(one, other):
     first, second = definitions(one), definitions(other)
     shared = first.keys() & second.keys() - OWN
-    assert {"UserError", "pick_device", "score", "save_figure", "command_line"} <= shared
+    assert {
+        "UserError",
+        "best",
+        "score",
+        "confusion_figure",
+        "check_fields",
+        "command_line",
+    } <= shared
     assert [name for name in shared if first[name] != second[name]] == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_the_lesson_and_the_file_keep_their_length(path):
+    lesson, whole = {"part1": (340, 700), "part2": (390, 700), "part3": (430, 865)}[path.stem[:5]]
+    text = path.read_text(encoding="utf-8")
+    ends = {getattr(n, "name", ""): n.end_lineno for n in ast.parse(text).body}
+    assert ends["main"] <= lesson and len(text.splitlines()) <= whole
 
 
 def imported_modules(node):
