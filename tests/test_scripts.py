@@ -72,7 +72,8 @@ IMAGES = [("epochs", 0), ("epochs", 1.5), ("batch_size", 55_001), ("dropout", 1.
           ("data_dir", None)]  # fmt: skip
 REFUSED = {
     "part1_mlp_mnist": [("hidden", (64)), ("hidden", (64, 0)), ("hidden", (64, 1.5)),
-                        ("hidden", [64]), ("batch_size", 1), ("augment", 3.1), ("augment", -1), *IMAGES],
+                        ("hidden", [64]), ("batch_size", 1), ("augment", 3.1),
+                        ("augment", -1), *IMAGES],
     "part2_rnn_fashion": [("hidden_size", 0), ("num_layers", 65), ("encoder_size", -1),
                           ("encoder_size", 1), ("rows_per_step", 3), ("readout", "mean"),
                           ("bidirectional", 2), ("mirror", 0.5), *IMAGES],
