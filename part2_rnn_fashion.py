@@ -56,9 +56,11 @@ class Config:
     num_layers: int = 1  # recurrent layers, one on top of the other
     bidirectional: bool = False  # also read from the bottom row to the top row
     rows_per_step: Literal[1, 2, 4, 7, 14, 28] = 1  # rows read in a step; 28: no sequence at all
-    encoder_size: int = 128  # each step's pixels are first encoded as this many numbers; 0: not
+    encoder_size: int = (
+        128  # each step's pixels are first encoded as this many numbers; 0: as they are
+    )
     readout: Literal["pool", "last"] = "pool"  # classify mean and max of the states, or the last
-    orthogonal: bool = True  # start W_hh as a rotation, which keeps the length of the state
+    orthogonal: bool = True  # start W_hh orthogonal: then W_hh h is as long as h
     dropout: float = 0.0  # share of what the classifier sees that is zeroed in training
     epochs: int = 14  # passes over the training split
     batch_size: int = 128  # images in one gradient step
@@ -79,7 +81,7 @@ class Config:
             "hidden_size": (1, 16384), "num_layers": (1, 64), "encoder_size": (0, 16384),
             "dropout": (0, 0.99), "epochs": (1, 100_000), "batch_size": (1, 55_000),
             "lr": (1e-12, 1e30), "weight_decay": (0, 1e30), "label_smoothing": (0, 0.99),
-            "seed": (0, 2**32 - 1),
+            "seed": (0, 2**32 - 3),
         }  # fmt: skip
         check_fields(self, limits)
         if self.encoder_size == 1:  # layer norm of one number is always zero
@@ -127,7 +129,7 @@ class TanhRNN(nn.Module):
                 # The input's half needs no h: one product for all the steps, then cut into steps.
                 p = F.linear(x, W_ih, b_ih + b_hh).unbind(0)  # T times (B, H)
                 h = p[0].new_zeros(B, self.hidden_size) if h_0 is None else h_0[len(h_n)]
-                states = [h] * T
+                states = [h] * T  # overwritten below
                 for t in reversed(range(T)) if direction else range(T):
                     h = torch.tanh(p[t] + h @ W_hh.T)  # (B, H)
                     states[t] = h
@@ -159,11 +161,11 @@ class RowRNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = images.reshape(len(images), -1, 28 * self.rows_per_step)  # (B, T, 28 rows_per_step)
         x = x.transpose(0, 1).contiguous()  # (T, B, 28 rows_per_step): time comes first
-        output, h_n = self.rnn(self.encoder(x))  # (T, B, F): the state after each step
+        output, h_n = self.rnn(self.encoder(x))  # (T, B, D): the state after each step
         if self.readout == "pool":
-            seen = torch.cat([output.mean(0), output.amax(0)], 1)  # (B, 2 F)
+            seen = torch.cat([output.mean(0), output.amax(0)], 1)  # (B, 2 D)
         else:  # the last state of each direction of the last layer
-            seen = torch.cat(list(h_n[-len(self.rnn.directions) :]), 1)  # (B, F)
+            seen = torch.cat(list(h_n[-len(self.rnn.directions) :]), 1)  # (B, D)
         return self.classifier(seen)  # (B, 10)
 
 
@@ -193,7 +195,6 @@ def load_data(data_dir: Path, seed: int, device: torch.device) -> Data:
     n_val = min(5000, len(images) // 7)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, val = order[:-n_val].to(device), order[-n_val:].to(device)
-
     images, labels = images.to(device), labels.to(device)
     pixels = images[train].to(torch.get_default_dtype())
     std, mean = torch.std_mean(pixels)  # of the training split alone
@@ -264,11 +265,13 @@ def train(model: nn.Module, data: Data, config: Config, history: list[Training])
         losses = torch.stack(losses).tolist()  # here the CPU waits for the GPU, once an epoch
         logits = predict(model, data.val_images)
         val_loss = F.cross_entropy(logits, data.val_labels).item()
-        val_accuracy = (logits.argmax(1) == data.val_labels).double().mean().item()
+        val_accuracy = (logits.argmax(1) == data.val_labels).float().mean().item()
         if not math.isfinite(sum(losses) + val_loss):
-            step = f"epoch {epoch}, step {np.isfinite([*losses, val_loss]).argmin() + 1}"
+            step = np.isfinite([*losses, val_loss]).argmin() + 1  # validation counts as one more
             advice = f"try a lower learning rate than lr = {config.lr:g}"
-            raise UserError(f"the loss became NaN or infinite in {step}: {advice}")
+            raise UserError(
+                f"the loss became NaN or infinite in epoch {epoch}, step {step}: {advice}"
+            )
         seconds = time.perf_counter() - start
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         history.append(Training(losses, val_loss, val_accuracy, seconds, weights))
@@ -321,8 +324,7 @@ def report(model: RowRNN, data: Data, config: Config, history: list[Training], n
     results = {"dataset": data.name}
     results |= score(data.test_labels, probabilities.argmax(1), data.class_names)
     matrix = results["confusion_matrix"]
-    results["train_seconds"] = history[-1].seconds
-    results["epochs_run"] = len(history)
+    results |= {"train_seconds": history[-1].seconds, "epochs_run": len(history)}
     results["parameters"] = sum(p.numel() for p in model.parameters())
     title = f"{data.name}, tanh RNN: test accuracy {results['accuracy']:.2%}{note}"
     torch.manual_seed(config.seed)
@@ -436,7 +438,7 @@ def mistakes_figure(data: Data, probabilities: Tensor, title: str) -> Figure:
     for axes, i in zip(grid.flat, worst, strict=False):
         true, said = data.class_names[data.test_labels[i]], data.class_names[answers[i]]
         axes.imshow(data.test_images[i].numpy(force=True), cmap="gray")
-        axes.set_title(f"true: {true}\\nsaid: {said} ({confidence[i]:.1%})", fontsize=9)
+        axes.set_title(f"true: {true}\nsaid: {said} ({confidence[i]:.1%})", fontsize=9)
     for axes in grid.flat:
         axes.axis("off")
     return figure
@@ -445,7 +447,6 @@ def mistakes_figure(data: Data, probabilities: Tensor, title: str) -> Figure:
 @torch.no_grad()
 def belief_figure(model: RowRNN, data: Data, title: str) -> Figure:
     """Four test images, and the class probabilities after each step from the top row down."""
-    title += "\nwhat it believes row by row"
     figure, grid = new_figure(title, (10, 10.5), 4, 2, width_ratios=[1, 2.6])
     ends = range(model.rows_per_step, 29, model.rows_per_step)
     for (left, right), label in zip(grid, (9, 1, 8, 6), strict=True):
@@ -472,8 +473,7 @@ def gradient_by_step(model: RowRNN, data: Data) -> np.ndarray:
 
 def gradient_figure(curves: dict[str, np.ndarray], title: str) -> Figure:
     """`gradient_by_step` of several nets on one logarithmic axis."""
-    title += "\nhow much the pixels of each step move the loss"
-    figure, axes = new_figure(title, (10, 4.4))
+    figure, axes = new_figure(f"{title}\nhow much the pixels of each step move the loss", (10, 4.4))
     for name, norms in curves.items():
         axes.plot(range(1, len(norms) + 1), norms, "o-", markersize=4, label=name)
     axes.set(xlabel="step t, from the top row down", ylabel="mean norm of dL/dx_t", yscale="log")
@@ -494,24 +494,24 @@ def study(data: Data, config: Config, history: list[Training]) -> dict[str, list
         "random W_hh": replace(memory, orthogonal=False),
         "orthogonal W_hh": replace(memory, orthogonal=True),
     }
+    what = f"{data.name}, validation split (which also chose the epoch), seed {config.seed}"
+    print(f"\n{what}\nnet              epochs  accuracy  seconds an epoch")
     histories, gradients, device = {"RNN": history}, {}, data.train_images.device
-    for name, setting in settings.items():
+    for name, setting in {"RNN": config, **settings}.items():
         torch.manual_seed(config.seed)
         model = (nn.Sequential(*mlp) if name == "MLP" else RowRNN(setting)).to(device)
         if "W_hh" in name:
             gradients[f"{name}, before training"] = gradient_by_step(model, data)
-        with contextlib.redirect_stdout(None):  # no row for each epoch
-            train(model, data, setting, histories.setdefault(name, []))
+        if name != "RNN":
+            with contextlib.redirect_stdout(None):  # no row for each epoch
+                train(model, data, setting, histories.setdefault(name, []))
         if "W_hh" in name:
             gradients[f"{name}, after"] = gradient_by_step(model, data)
-
-    what = f"{data.name}, validation split (which also chose the epoch), seed {config.seed}"
-    print(f"\n{what}\nnet              epochs  accuracy  seconds an epoch")
-    for name, h in histories.items():
+        h = histories[name]
         accuracy, seconds = h[best(h)].val_accuracy, h[-1].seconds / len(h)
         print(f"{name:15}  {len(h):6}  {accuracy:8.4f}  {seconds:16.1f}")
     for name, norms in gradients.items():
-        print(f"{name}: gradient of the first row over the last row's {norms[0] / norms[-1]:.1e}")
+        print(f"{name}: gradient of the first step over the last step's {norms[0] / norms[-1]:.1e}")
 
     figure, (left, right) = new_figure(f"{what}: batch size", (10, 4.4), 1, 2, sharey=True)
     for name in ("batch 64", "batch 640"):
@@ -683,8 +683,10 @@ def command_line() -> int:
             signal.signal(sign, signal.default_int_handler)  # end the run as Ctrl-C does
     try:
         Config()  # a default that was edited into something impossible is told first
-        main(tyro.cli(Config))
-        print(end="", flush=True)  # here, where a failure can still be told
+        try:
+            main(tyro.cli(Config))
+        finally:
+            print(end="", flush=True)  # here, where a failure can still be told
         return 0
     except KeyboardInterrupt:
         problem, status = "stopped", 130

@@ -62,10 +62,10 @@ class Config:
     def __post_init__(self) -> None:
         """Raise ValueError with field, value and what is allowed, before anything is done."""
         limits = {
-            "d_model": (1, 16384), "n_head": (1, 1024), "n_kv_head": (1, 1024),
+            "d_model": (1, 16384), "n_head": (1, 256), "n_kv_head": (1, 256),
             "kv_latent": (1, 16384), "lookups": (1, 3), "seq_len": (2, 128), "lr": (1e-12, 1e30),
             "steps": (1, 10_000_000), "batch_size": (1, 1_000_000), "weight_decay": (0, 1e30),
-            "seed": (0, 2**32 - 1),
+            "seed": (0, 2**32 - 3),
         }  # fmt: skip
         check_fields(self, limits)
         if self.d_model % self.n_head != 0:
@@ -82,7 +82,7 @@ class Config:
 
 def softmax(scores: Tensor) -> Tensor:
     """exp(s) / sum of exp(s), of each row; a row of nothing but -inf becomes zeros."""
-    # Subtracting the row's maximum changes nothing, but keeps exp from overflowing.
+    # Subtracting the row's maximum only keeps exp from overflowing; the clamps are for empty rows.
     limits = torch.finfo(scores.dtype)
     exp = torch.exp(scores - scores.detach().amax(-1, keepdim=True).clamp(min=limits.min))
     return exp / exp.sum(-1, keepdim=True).clamp(min=limits.tiny)
@@ -210,7 +210,9 @@ class MultiHeadLatentAttention(nn.Module):
             (c,) = cache.append(c)  # (B, S, kv_latent)
             W_UK = self.k_up.weight.view(self.n_head, self.head_dim, -1)  # (n_head, d, kv_latent)
             W_UV = self.v_up.weight.view(self.n_head, self.head_dim, -1)
-            q = q @ W_UK * math.sqrt(self.kv_latent / self.head_dim)  # the scale is still sqrt(d)
+            q = (
+                q @ W_UK * math.sqrt(self.kv_latent / self.head_dim)
+            )  # the scale stays sqrt(head_dim)
             output, weights = attention(q, c[:, None], c[:, None], mask)
             output = output @ W_UV.mT  # (B, n_head, T, d)
         return self.o_proj(merge_heads(output)), weights
@@ -269,8 +271,8 @@ def draw_sequences(n: int, config: Config, stream: torch.Generator) -> Sequences
     Three tokens, two lookups. Token 2 wants    token            0  1  2
     1 in A (token 0: 7) and 2 in B (token 1:    names, A         1  0  2
     5); its label is 1 * 7 + 3 * 5 = 2 mod 10.  names, B         0  2  1
-    The first token has nobody before it and    digit            7  5  8
-    wants itself.                               wanted, A and B  .  .  1 2
+    The first token, with nobody before it,     digit            7  5  8
+    wants itself, and token 1 the first one.    wanted, A and B  1 0  1 0  1 2
     """
     T, L, device = config.seq_len, config.lookups, stream.device
     names = torch.rand(n, L, T, generator=stream, device=device).argsort(2)
@@ -309,43 +311,42 @@ def train(
     net: LookupNet, config: Config, validation: Sequences, stream: torch.Generator,
     history: list[Training],
 ) -> None:  # fmt: skip
-    """Fit `net` on sequences from `stream`, add 15 validations to `history`, load the best weights.
+    """Fit `net` on sequences from `stream`, validate about 15 times, load the best weights.
 
     Raises UserError if the loss becomes NaN or infinite.
     """
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
-    every, losses = max(1, config.steps // 15), []
-    start = time.perf_counter()
+    every, start = max(1, config.steps // 15), time.perf_counter()
     print(" step  train loss  val loss  val accuracy         lr  seconds")
-    for step in tqdm(range(config.steps), "training", leave=False, disable=None):
+    for done in range(0, config.steps, every):
         net.train()
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
-        batch = draw_sequences(config.batch_size, config, stream)
-        logits, _ = net(batch)  # (B, T, 10)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.label.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())  # stays on the device: to look at it would make a GPU wait
-        if (step + 1) % every != 0 and step + 1 != config.steps:
-            continue
+        losses = []  # stay on the device: to look at one would make a GPU wait
+        end = min(done + every, config.steps)
+        for step in tqdm(range(done, end), f"steps to {end}", leave=False, disable=None):
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
+            batch = draw_sequences(config.batch_size, config, stream)
+            logits, _ = net(batch)  # (B, T, 10)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.label.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
 
-        losses = torch.stack(losses).tolist()  # here the CPU waits, once a validation
+        losses = torch.stack(losses).tolist()  # here the CPU waits for the GPU
         logits, _ = predict(net, validation)
         val_loss = F.cross_entropy(logits.flatten(0, 1), validation.label.flatten()).item()
-        val_accuracy = (logits.argmax(2) == validation.label).double().mean().item()
+        val_accuracy = (logits.argmax(2) == validation.label).float().mean().item()
         if not math.isfinite(sum(losses) + val_loss):
-            bad = step + 2 - len(losses) + np.isfinite([*losses, val_loss]).argmin()
+            bad = done + np.isfinite([*losses, val_loss]).argmin() + 1
             advice = f"try a lower learning rate than lr = {config.lr:g}"
             raise UserError(f"the loss became NaN or infinite in step {bad}: {advice}")
         seconds = time.perf_counter() - start
         weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        history.append(Training(step + 1, val_loss, val_accuracy, seconds, weights))
-        row = f"{step + 1:5d}  {np.mean(losses):10.4f}  {val_loss:8.4f}  {val_accuracy:12.4f}  "
+        history.append(Training(end, val_loss, val_accuracy, seconds, weights))
+        row = f"{end:5d}  {np.mean(losses):10.4f}  {val_loss:8.4f}  {val_accuracy:12.4f}  "
         print(f"{row}{lr:9.2e}  {seconds:7.1f}")
-        losses = []
     net.load_state_dict(history[best(history)].weights)
 
 
@@ -403,9 +404,11 @@ def main(config: Config) -> dict[str, dict]:
     write_whole(config.images_dir / ".try", b"")  # told now, not after training
     (config.images_dir / ".try").unlink(missing_ok=True)
     test, validation, stream = draw_splits(config, device)
-    names = [{config.n_head: "MHA", 1: "MQA"}.get(n, f"GQA-{n}") for n in config.n_kv_head]
+    names = [{1: "MQA", config.n_head: "MHA"}.get(n, f"GQA-{n}") for n in config.n_kv_head]
     names += [f"MLA-{numbers}" for numbers in config.kv_latent]
-    names += [f"MHA-{n}" for n in config.n_kv_head if n < config.n_head]  # cut to the same caches
+    names += [
+        f"MHA-{n}" for n in config.n_kv_head if n < config.n_head
+    ]  # as small a cache, unshared
     nets, histories = {}, {}
     try:
         for name in names:
@@ -414,12 +417,13 @@ def main(config: Config) -> dict[str, dict]:
             print(f"\n{name}: {numbers} numbers cached for a token; device {device}")
             train(nets[name], config, validation, stream.clone_state(), histories[name])
         results = report(nets, histories, test, config, note="")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError):
         nets = {name: net for name, net in nets.items() if histories[name]}
         if nets:
+            note = f", interrupted in {name}"
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print("interrupted: what has been trained is scored and drawn", file=sys.stderr)
-            report(nets, histories, test, config, f", interrupted after {list(nets)[-1]}'s best")
+            report(nets, histories, test, config, note)
         raise
     if config.study:
         results["study"] = study(nets["MHA"], config, device)
@@ -487,7 +491,7 @@ def accuracy_and_steps(net: LookupNet, history: list[Training], data: Sequences)
     """Accuracy on `data` in %, and the step of the first validation with 99 % (NaN: never)."""
     right = predict(net, data)[0].argmax(2) == data.label
     steps = next((h.step for h in history if h.val_accuracy >= 0.99), math.nan)
-    return 100 * right.double().mean().item(), steps
+    return 100 * right.float().mean().item(), steps
 
 
 @torch.no_grad()
@@ -533,7 +537,7 @@ def report(
     for name, net in nets.items():
         history = histories[name]
         net.load_state_dict(history[best(history)].weights)
-        logits, weights[name] = predict(net, test)  # the one look at the test sequences
+        logits, weights[name] = predict(net, test)  # they are scored once, here
         times[name] = decode_times(name, config, test.digit.device)
         results[name] = {"dataset": f"{config.lookups} lookups"}
         results[name] |= score(test.label.flatten(), logits.argmax(2).flatten(), DIGITS)
@@ -548,7 +552,8 @@ def report(
             "alignment": alignment(weights[name], test).amax(1).tolist(),
         }
 
-    title = f"{config.lookups} lookups among {config.seq_len} tokens{note}"
+    title = f"{config.lookups} lookups among {config.seq_len} tokens{note}\ntest accuracy: "
+    title += ", ".join(f"{name} {row['accuracy']:.2%}" for name, row in results.items())
     decode_title = f"One decoding step: batch 4, heads of 64, float32, {test.digit.device}"
     first, worst = next(iter(results)), min(results, key=lambda name: results[name]["accuracy"])
     matrices = {name: results[name]["confusion_matrix"] for name in (first, worst)}
@@ -621,7 +626,7 @@ def curves_figure(histories: dict[str, list[Training]], title: str) -> Figure:
 def heatmap_figure(weights: dict[str, Tensor], data: Sequences, title: str) -> Figure:
     """For each lookup the truth, and the best head of each variant, on one sequence."""
     L, T = data.where.shape[1:]
-    title += "\nrow: the token that asks; column: the token that it looks at"
+    title += "; row: the token that asks, column: the token that it looks at"
     figure, grid = new_figure(title, (14, 0.8 + 2.4 * L), L, 1 + len(weights), squeeze=False)
     for i in range(L):
         pictures = {f"lookup {i + 1}: truth": F.one_hot(data.where[0, i], T)}
@@ -699,7 +704,8 @@ def qkv_figure(name: str, net: LookupNet, data: Sequences) -> Figure:
             if not math.isnan(value):
                 axes.text(col, row, text, ha="center", va="center", color=colour, fontsize=9)
         across = "token looked at" if "scores" in heading or "weights" in heading else "dimension"
-        axes.set(title=heading.replace("_", " "), ylabel="token", xlabel=across)
+        axes.set(title=heading, ylabel="token", xlabel=across)
+        axes.set_xticks(range(matrix.shape[1]))
     return figure
 
 
@@ -713,27 +719,30 @@ def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, lis
         "MQA": [f"MQA-{d * k}" for k in (1, 2, 4)],
         "MLA": [f"MLA-{d * k}" for k in (2, 4, 8, 16)],
     }
-    found: dict[str, list] = {name: [] for names in families.values() for name in names}
-    runs = [(replace(config, seed=config.seed + i), name) for i in range(3) for name in found]
-    for setting, name in tqdm(runs, "study", disable=None):
-        test, validation, stream = draw_splits(setting, device)
-        net, history = new_net(name, setting, device), []
-        with contextlib.redirect_stdout(None):  # no rows
-            train(net, setting, validation, stream, history)
-        numbers = cached_numbers(net.attention)
-        found[name].append((numbers, *accuracy_and_steps(net, history, test)))
-
-    what = f"{config.lookups} lookups, {config.steps:,} steps, three seeds"
+    what, found = f"{config.lookups} lookups, {config.steps:,} steps, three seeds", {}
     print(f"\n{what}\nvariant  cached  accuracy by seed, %   steps to 99 % (nan: never)")
+    for name in tqdm(
+        [name for names in families.values() for name in names], "study", disable=None
+    ):
+        found[name] = []
+        for i in range(3):
+            setting = replace(config, seed=config.seed + i)
+            test, validation, stream = draw_splits(setting, device)
+            net, history = new_net(name, setting, device), []
+            with contextlib.redirect_stdout(None):  # no rows
+                train(net, setting, validation, stream, history)
+            numbers = cached_numbers(net.attention)
+            found[name].append((numbers, *accuracy_and_steps(net, history, test)))
+        _, percents, steps = zip(*found[name], strict=True)
+        tqdm.write(f"{name:7}  {numbers:6}  {' '.join(f'{p:6.2f}' for p in percents)}  {steps}")
+
     figure, (left, right) = new_figure(what, (10, 4.6), 1, 2)
-    for colour, names in zip(("C0", "C1", "C2", "C3"), families.values(), strict=True):
-        for name in names:
-            numbers, percents, steps = zip(*found[name], strict=True)
-            print(f"{name:7}  {numbers[0]:6}", *(f"{p:6.2f}" for p in percents), *steps)
-            left.plot(numbers, percents, "o", color=colour, markersize=4)
-            right.plot(numbers, steps, "o", color=colour, markersize=4)
-        means = np.array([found[name] for name in names]).mean(1)  # (sizes, 3)
-        left.plot(means[:, 0], means[:, 1], color=colour, label=names[0].partition("-")[0])
+    for i, (family, names) in enumerate(families.items()):
+        points = np.array([found[name] for name in names]).reshape(len(names), 3, 3)
+        numbers, percents, steps = points.transpose(2, 0, 1)  # (sizes, seeds) each
+        left.plot(numbers, percents, "o", color=f"C{i}", markersize=4)
+        left.plot(numbers[:, 0], percents.mean(1), color=f"C{i}", label=family)
+        right.plot(numbers, steps, "o", color=f"C{i}", markersize=4)
     left.set(ylabel="accuracy (%): each seed, and the mean")
     left.legend()
     right.set(ylabel="steps to 99 % on validation (none: never)", ylim=(0, 1.05 * config.steps))
@@ -846,8 +855,10 @@ def command_line() -> int:
             signal.signal(sign, signal.default_int_handler)  # end the run as Ctrl-C does
     try:
         Config()  # a default that was edited into something impossible is told first
-        main(tyro.cli(Config))
-        print(end="", flush=True)  # here, where a failure can still be told
+        try:
+            main(tyro.cli(Config))
+        finally:
+            print(end="", flush=True)  # here, where a failure can still be told
         return 0
     except KeyboardInterrupt:
         problem, status = "stopped", 130

@@ -1,5 +1,6 @@
 """The pages: pictures and links that exist, commands that parse, two languages that agree."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -43,8 +44,8 @@ def test_there_are_two_pages():
 
 @each_page
 def test_every_picture_is_shown_and_exists(page):
-    shown = pictures(PAGES[page])
-    assert set(shown) == {f"images/{path.name}" for path in (ROOT / "images").iterdir()}
+    shown = pictures(PAGES[page])  # images/offline may be there too, from a run without a network
+    assert set(shown) == {f"images/{path.name}" for path in (ROOT / "images").glob("*.png")}
 
 
 @each_page
@@ -66,6 +67,28 @@ def test_every_command_parses(page):
     assert {script for script, _ in found} == {path.stem for path in ROOT.glob("part*.py")}
     for script, flags in found:
         tyro.cli(importlib.import_module(script).Config, args=flags)  # SystemExit if it does not
+
+
+@each_page
+def test_code_on_the_page_stands_in_the_scripts(page):
+    scripts = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("part*.py"))
+    lines = [
+        line.split("  #")[0].strip()
+        for block in code_blocks(PAGES[page])
+        for line in block.splitlines()
+    ]
+    code = [line for line in lines if re.match(r"[\w, ]+ = |(optimizer|loss)\.\w+\(", line)]
+    assert len(code) >= 15
+    assert [line for line in code if line not in scripts] == []
+
+
+@each_page
+def test_the_lengths_that_it_tells_are_true(page):
+    for path in ROOT.glob("part*.py"):
+        text = path.read_text(encoding="utf-8")
+        ends = {getattr(n, "name", ""): n.end_lineno for n in ast.parse(text).body}
+        for length in (ends["main"], len(text.splitlines())):
+            assert re.search(rf"\b{length}\b", PAGES[page]), (path.name, length)
 
 
 def test_both_pages_show_the_same_pictures_commands_and_numbers():
