@@ -10,7 +10,7 @@ or makes its own from a few cached numbers (MLA). What does each way save, and w
     python part3_attention.py --study    # then many cache sizes, and from MHA to GQA by pooling
     python part3_attention.py --help     # every setting below, as a flag
 
-Expect RESULT
+Expect, over seeds 0 to 4, 100 % for MHA, 99 for MLA-32, 60 for GQA-4, 44 for MQA; 5 to 9 s each.
 The lesson ends with `main`; below it stand figures, the study, devices and errors.
 
 References: Vaswani et al. 2017, section 3.2 (MHA); Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA;
@@ -626,8 +626,8 @@ def curves_figure(histories: dict[str, list[Training]], title: str) -> Figure:
 def heatmap_figure(weights: dict[str, Tensor], data: Sequences, title: str) -> Figure:
     """For each lookup the truth, and the best head of each variant, on one sequence."""
     L, T = data.where.shape[1:]
-    title += "; row: the token that asks, column: the token that it looks at"
-    figure, grid = new_figure(title, (14, 0.8 + 2.4 * L), L, 1 + len(weights), squeeze=False)
+    title += "\nrow: the token that asks; column: the token that it looks at"
+    figure, grid = new_figure(title, (14, 1 + 2.4 * L), L, 1 + len(weights), squeeze=False)
     for i in range(L):
         pictures = {f"lookup {i + 1}: truth": F.one_hot(data.where[0, i], T)}
         for name, by_head in weights.items():
