@@ -73,7 +73,7 @@ class Config:
         limits = {
             "hidden": (1, 65536), "dropout": (0, 0.99), "epochs": (1, 100_000),
             "batch_size": (2, 55_000), "lr": (1e-12, 1e30), "weight_decay": (0, 1e30),
-            "label_smoothing": (0, 0.99), "augment": (0, 3), "seed": (0, 2**32 - 3),
+            "label_smoothing": (0, 0.99), "augment": (0, 3), "seed": (0, 2**32 - 1),
         }  # fmt: skip
         check_fields(self, limits)
 

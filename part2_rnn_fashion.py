@@ -81,7 +81,7 @@ class Config:
             "hidden_size": (1, 16384), "num_layers": (1, 64), "encoder_size": (0, 16384),
             "dropout": (0, 0.99), "epochs": (1, 100_000), "batch_size": (1, 55_000),
             "lr": (1e-12, 1e30), "weight_decay": (0, 1e30), "label_smoothing": (0, 0.99),
-            "seed": (0, 2**32 - 3),
+            "seed": (0, 2**32 - 1),
         }  # fmt: skip
         check_fields(self, limits)
         if self.encoder_size == 1:  # layer norm of one number is always zero

@@ -65,7 +65,7 @@ class Config:
             "d_model": (1, 16384), "n_head": (1, 256), "n_kv_head": (1, 256),
             "kv_latent": (1, 16384), "lookups": (1, 3), "seq_len": (2, 128), "lr": (1e-12, 1e30),
             "steps": (1, 10_000_000), "batch_size": (1, 1_000_000), "weight_decay": (0, 1e30),
-            "seed": (0, 2**32 - 3),
+            "seed": (0, 2**32 - 1),
         }  # fmt: skip
         check_fields(self, limits)
         if self.d_model % self.n_head != 0:
@@ -406,9 +406,7 @@ def main(config: Config) -> dict[str, dict]:
     test, validation, stream = draw_splits(config, device)
     names = [{1: "MQA", config.n_head: "MHA"}.get(n, f"GQA-{n}") for n in config.n_kv_head]
     names += [f"MLA-{numbers}" for numbers in config.kv_latent]
-    names += [
-        f"MHA-{n}" for n in config.n_kv_head if n < config.n_head
-    ]  # as small a cache, unshared
+    names += [f"MHA-{n}" for n in config.n_kv_head if n < config.n_head]  # few heads, unshared
     nets, histories = {}, {}
     try:
         for name in names:
@@ -418,9 +416,10 @@ def main(config: Config) -> dict[str, dict]:
             train(nets[name], config, validation, stream.clone_state(), histories[name])
         results = report(nets, histories, test, config, note="")
     except (KeyboardInterrupt, UserError):
-        nets = {name: net for name, net in nets.items() if histories[name]}
+        nets = {name: net for name, net in nets.items() if histories.get(name)}
         if nets:
-            note = f", interrupted in {name}"
+            last, history = [(name, histories[name]) for name in nets][-1]
+            note = f", interrupted after step {history[-1].step} of {last}"
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print("interrupted: what has been trained is scored and drawn", file=sys.stderr)
             report(nets, histories, test, config, note)
@@ -726,7 +725,7 @@ def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, lis
     ):
         found[name] = []
         for i in range(3):
-            setting = replace(config, seed=config.seed + i)
+            setting = replace(config, seed=(config.seed + i) % 2**32)
             test, validation, stream = draw_splits(setting, device)
             net, history = new_net(name, setting, device), []
             with contextlib.redirect_stdout(None):  # no rows
@@ -755,6 +754,8 @@ def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, lis
     save_figure(figure, config.images_dir / "part3_cache_tradeoff.png")
 
     few, (test, validation, stream) = sorted(config.n_kv_head)[:-1], draw_splits(config, device)
+    if not few:
+        return found
     title = f"From MHA by pooling key/value heads, seed {config.seed}"
     figure, axes = new_figure(title, (10, 4.4))
     print("\nfrom MHA by pooling; further steps    0 %    1 %    5 %   10 %   20 %")

@@ -265,7 +265,7 @@ def test_classes_are_balanced_and_seeds_and_draws_differ():
     assert counts.min() > 1830 and counts.max() < 2170
     rows = [{tuple(row) for row in draw.names.flatten(1).tolist()} for draw in draws]
     assert sum(map(len, rows)) == 6000 == len(set.union(*rows))
-    last = torch.Generator().manual_seed(2**32 - 3)  # the largest seed that Config takes
+    last = torch.Generator().manual_seed(2**32 - 1)  # the largest seed that Config takes
     assert not torch.equal(part3.draw_sequences(2000, config, last).digit, draws[0].digit)
 
 

@@ -65,7 +65,7 @@ def test_learning_rate_goes_up_to_its_peak_then_down_to_nothing(part):
 # ------------------------------------------ settings ------------------------------------------ #
 
 COMMON = [("lr", 0), ("lr", math.nan), ("lr", math.inf), ("weight_decay", -1), ("seed", -1),
-          ("seed", 2**32 - 2), ("seed", 0.5), ("batch_size", 0), ("device", "gpu"),
+          ("seed", 2**32), ("seed", 0.5), ("batch_size", 0), ("device", "gpu"),
           ("study", "yes"),
           ("images_dir", 5)]  # fmt: skip
 IMAGES = [("epochs", 0), ("epochs", 1.5), ("batch_size", 55_001), ("dropout", 1.0),
@@ -99,7 +99,7 @@ def test_a_setting_that_cannot_work_is_refused_by_name(script, field, value):
 def test_a_study_of_an_odd_number_of_heads_ends(n_kv_head, monkeypatch, tmp_path):
     part3, saved = importlib.import_module("part3_attention"), []
     monkeypatch.setattr(part3, "save_figure", lambda figure, path: saved.append(path.stem))
-    heads = {"d_model": 10, "n_head": 5, "n_kv_head": n_kv_head, "kv_latent": (), "seed": 2**32 - 3}
+    heads = {"d_model": 10, "n_head": 5, "n_kv_head": n_kv_head, "kv_latent": (), "seed": 2**32 - 1}
     part3.main(part3.Config(**heads, steps=1, batch_size=2, images_dir=tmp_path, study=True))
     assert "part3_cache_tradeoff" in saved
 
@@ -148,10 +148,10 @@ def random_settings(script, case):
         n_head, kv = settings["n_head"], settings["n_kv_head"]
         kv = [n_head if n == "n_head" else n for n in (kv if isinstance(kv, tuple) else (kv,))]
         settings["n_kv_head"] = tuple(dict.fromkeys(kv))
-    return settings | {"seed": draw.choice([0, 5, 2**32 - 3])}
+    return settings | {"seed": draw.choice([0, 5, 2**32 - 1])}
 
 
-@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("case", range(5))
 def test_every_setting_that_passes_runs_to_its_end(part, case, monkeypatch, tmp_path):
     """Everything is computed and every figure built; only the files are not written."""
     saved = []
@@ -169,7 +169,9 @@ def test_every_setting_that_passes_runs_to_its_end(part, case, monkeypatch, tmp_
 
 def test_run_and_study_write_every_figure_and_nothing_else(part, tmp_path, capsys):
     study = {"n_kv_head": (2, 1)} if part.__name__ == "part3_attention" else {"epochs": 1}
-    results = part.main(small_config(part, images_dir=tmp_path, study=True, **study))
+    theirs = {"text.usetex": True, "image.cmap": "magma", "axes.facecolor": "black"}
+    with matplotlib.rc_context(theirs):  # somebody's own matplotlibrc changes nothing
+        results = part.main(small_config(part, images_dir=tmp_path, study=True, **study))
     folder = tmp_path if part.__name__ == "part3_attention" else tmp_path / "offline"
     names = {f"{part.__name__[:5]}_{name}.png" for name in FIGURES[part.__name__].split()}
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == names
@@ -251,7 +253,7 @@ def test_a_device_that_is_not_there_is_an_error(part):
 
 
 def test_from_a_notebook(part, monkeypatch, tmp_path):
-    """Twice, in a thread, with another default dtype; nothing of Python's or others' is changed."""
+    """In a thread, with another default dtype, after another run; nothing is left changed."""
     monkeypatch.chdir(tmp_path)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     before = dict(matplotlib.rcParams), socket.getdefaulttimeout(), handlers
@@ -263,23 +265,15 @@ def test_from_a_notebook(part, monkeypatch, tmp_path):
 
     torch.set_default_dtype(torch.float64)
     try:
-        run()
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert len(ended) == 2
+    assert len(ended) == 1
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     assert before == (dict(matplotlib.rcParams), socket.getdefaulttimeout(), handlers)
     assert mirrors == (part.DATASET.mirrors if part.__name__ in WITH_DATA else [])
-
-
-def test_a_matplotlibrc_of_ones_own_changes_nothing(part, tmp_path):
-    changes = {"text.usetex": True, "image.cmap": "magma", "axes.facecolor": "black"}
-    with matplotlib.rc_context(changes):
-        part.main(small_config(part, images_dir=tmp_path))
-    assert len(list(tmp_path.rglob("*.png"))) >= 5
 
 
 @pytest.mark.parametrize(
@@ -320,11 +314,11 @@ def test_interrupted_while_figures_are_drawn_they_are_drawn_again(part, monkeypa
     assert sum("interrupted after" in title for title in calls) >= 3
 
 
-def test_a_mistake_in_the_code_shows_its_traceback(part, tmp_path):
-    text = inspect.getsource(part).replace(
-        "    device = pick_device", "    undefined = unknown\n    device = pick_device"
-    )
-    (tmp_path / "edited.py").write_text(text, encoding="utf-8")
+def test_a_mistake_in_the_code_shows_its_traceback(tmp_path):
+    text = inspect.getsource(importlib.import_module("part1_mlp_mnist"))
+    line = "    device = pick_device"
+    edited = text.replace(line, f"    undefined = unknown\n{line}")
+    (tmp_path / "edited.py").write_text(edited, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "edited.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
