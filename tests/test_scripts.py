@@ -2,13 +2,10 @@
 
 import dataclasses
 import importlib
-import inspect
 import math
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -133,7 +130,7 @@ CHOICES = {
         "label_smoothing": [0, 0.99], "mirror": [False, True], "precision": ["float32", "bfloat16"],
     },
     "part3_attention": {
-        "d_model": [12, 60], "n_head": [1, 6, 12], "n_kv_head": [(1,), "n_head", ("n_head", 1)],
+        "d_model": [12, 60], "n_head": [1, 3, 6], "n_kv_head": [(1,), "n_head", ("n_head", 1)],
         "kv_latent": [(), (1,), (3, 70)], "lookups": [1, 2, 3], "seq_len": [2, 3, 9],
         "steps": [1, 17], "batch_size": [1, 20], "lr": [1e-12, 1e-2], "weight_decay": [0, 0.5],
     },
@@ -151,7 +148,7 @@ def random_settings(script, case):
     return settings | {"seed": draw.choice([0, 5, 2**32 - 1])}
 
 
-@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("case", range(4))
 def test_every_setting_that_passes_runs_to_its_end(part, case, monkeypatch, tmp_path):
     """Everything is computed and every figure built; only the files are not written."""
     saved = []
@@ -312,18 +309,6 @@ def test_interrupted_while_figures_are_drawn_they_are_drawn_again(part, monkeypa
         part.main(small_config(part, images_dir=tmp_path))
     assert len(list(tmp_path.rglob("*.png"))) == len(calls) - 1 >= 5
     assert sum("interrupted after" in title for title in calls) >= 3
-
-
-def test_a_mistake_in_the_code_shows_its_traceback(tmp_path):
-    text = inspect.getsource(importlib.import_module("part1_mlp_mnist"))
-    line = "    device = pick_device"
-    edited = text.replace(line, f"    undefined = unknown\n{line}")
-    (tmp_path / "edited.py").write_text(edited, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "edited.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and "NameError: name 'unknown'" in done.stderr
-    assert "Traceback" in done.stderr
 
 
 def test_validation_that_is_not_finite_stops_the_run(part):
