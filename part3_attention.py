@@ -486,11 +486,14 @@ def alignment(weights: Tensor, data: Sequences) -> Tensor:
     return (looks_at == data.where[:, :, None]).float().mean((0, 3))
 
 
-def accuracy_and_steps(net: LookupNet, history: list[Training], data: Sequences) -> tuple:
-    """Accuracy on `data` in %, and the step of the first validation with 99 % (NaN: never)."""
-    right = predict(net, data)[0].argmax(2) == data.label
-    steps = next((h.step for h in history if h.val_accuracy >= 0.99), math.nan)
-    return 100 * right.float().mean().item(), steps
+def accuracy(net: LookupNet, data: Sequences) -> float:
+    """The share of right labels, in %."""
+    return 100 * (predict(net, data)[0].argmax(2) == data.label).float().mean().item()
+
+
+def steps_to_99(history: list[Training]) -> float:
+    """The step of the first validation with 99 %; NaN: never."""
+    return next((h.step for h in history if h.val_accuracy >= 0.99), math.nan)
 
 
 @torch.no_grad()
@@ -543,7 +546,7 @@ def report(
         results[name] |= {
             "train_seconds": history[-1].seconds,
             "epochs_run": 1,  # every sequence is seen once
-            "steps_to_99": accuracy_and_steps(net, history, few)[1],
+            "steps_to_99": steps_to_99(history),
             "parameters": sum(p.numel() for p in net.parameters()),
             "cached_numbers": cached_numbers(net.attention),
             "decode_microseconds": 1e6 * times[name]["ours"][-1],
@@ -553,7 +556,6 @@ def report(
 
     title = f"{config.lookups} lookups among {config.seq_len} tokens{note}\ntest accuracy: "
     title += ", ".join(f"{name} {row['accuracy']:.2%}" for name, row in results.items())
-    decode_title = f"One decoding step: batch 4, heads of 64, float32, {test.digit.device}"
     first, worst = next(iter(results)), min(results, key=lambda name: results[name]["accuracy"])
     matrices = {name: results[name]["confusion_matrix"] for name in (first, worst)}
     figures = {
@@ -561,7 +563,7 @@ def report(
         "training_curves": curves_figure(histories, title),
         "confusion_matrix": confusion_figure(matrices, DIGITS, title),
         "head_sharing": sharing_figure({name: net.attention for name, net in nets.items()}, title),
-        "decode": decode_figure(times, decode_title),
+        "decode": decode_figure(times, test.digit.device),
         "qkv": qkv_figure(first, nets[first], test),
     }
     for name, figure in figures.items():
@@ -657,8 +659,9 @@ def sharing_figure(modules: dict[str, nn.Module], title: str) -> Figure:
     return figure
 
 
-def decode_figure(times: dict[str, dict], title: str) -> Figure:
+def decode_figure(times: dict[str, dict], device: torch.device) -> Figure:
     """Time and cache of a decoding step by context length, every variant and PyTorch's (dashed)."""
+    title = f"One decoding step: batch 4, heads of 64, float32, {device}"
     figure, (left, right) = new_figure(title, (10, 4.4), 1, 2)
     for i, (name, row) in enumerate(times.items()):
         left.plot(row["context"], 1e3 * np.array(row["ours"]), "o-", color=f"C{i}", label=name)
@@ -731,7 +734,7 @@ def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, lis
             with contextlib.redirect_stdout(None):  # no rows
                 train(net, setting, validation, stream, history)
             numbers = cached_numbers(net.attention)
-            found[name].append((numbers, *accuracy_and_steps(net, history, test)))
+            found[name].append((numbers, accuracy(net, test), steps_to_99(history)))
         _, percents, steps = zip(*found[name], strict=True)
         tqdm.write(f"{name:7}  {numbers:6}  {' '.join(f'{p:6.2f}' for p in percents)}  {steps}")
 
@@ -756,13 +759,12 @@ def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, lis
     few, (test, validation, stream) = sorted(config.n_kv_head)[:-1], draw_splits(config, device)
     if not few:
         return found
-    title = f"From MHA by pooling key/value heads, seed {config.seed}"
-    figure, axes = new_figure(title, (10, 4.4))
+    figure, axes = new_figure(f"From MHA by pooling key/value heads, seed {config.seed}", (10, 4.4))
     print("\nfrom MHA by pooling; further steps    0 %    1 %    5 %   10 %   20 %")
     for n_kv_head, pooled in ((n, pooled) for n in few for pooled in (True, False)):
         accuracies, percents = [], (0, 1, 5, 10, 20)
         for percent in percents:
-            net, history = new_net(f"GQA-{n_kv_head}", config, device), []
+            net = new_net(f"GQA-{n_kv_head}", config, device)
             if pooled:
                 net.load_state_dict(
                     mha.state_dict() | net.attention.state_dict(prefix="attention.")
@@ -771,8 +773,8 @@ def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, lis
             if percent > 0:
                 setting = replace(config, steps=max(1, config.steps * percent // 100))
                 with contextlib.redirect_stdout(None):  # no rows
-                    train(net, setting, validation, stream.clone_state(), history)
-            accuracies.append(accuracy_and_steps(net, history, test)[0])
+                    train(net, setting, validation, stream.clone_state(), [])
+            accuracies.append(accuracy(net, test))
         name = f"{n_kv_head} key/value heads, {'pooled' if pooled else 'from scratch'}"
         print(f"{name:33}" + "".join(f"{a:7.2f}" for a in accuracies))
         axes.plot(percents, accuracies, "o-" if pooled else "o--", label=name)

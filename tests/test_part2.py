@@ -146,9 +146,9 @@ def test_half_of_the_images_are_mirrored_as_a_whole():
 
 
 def test_quality_gate(data_dir, tmp_path):
-    """The default setting reaches 89.5 % with one seed (the mean over five is on the page)."""
+    """The default setting reaches 90 % with one seed (the mean over five is on the page)."""
     results = part2.main(part2.Config(data_dir=data_dir, images_dir=tmp_path, device="cpu"))
     assert results["dataset"] == "FashionMNIST"
     assert results["confusion_matrix"].sum() == 10_000
-    assert results["accuracy"] > 0.895
-    assert min(results["precision"], results["recall"], results["f1"]) > 0.894
+    assert results["accuracy"] > 0.9
+    assert min(results["precision"], results["recall"], results["f1"]) > 0.899
