@@ -248,6 +248,7 @@ def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
     }
 
 
+@torch.enable_grad()  # Ctrl-C inside the optimizer may have left it off
 @matplotlib.style.context("default")  # whatever the matplotlibrc on this machine says
 def report(model: MLP, data: Data, config: Config, history: list[Training], note: str) -> dict:
     """Score the best epoch on the test set, save the figures, print the table."""

@@ -316,6 +316,7 @@ def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
     }
 
 
+@torch.enable_grad()  # Ctrl-C inside the optimizer may have left it off
 @matplotlib.style.context("default")  # whatever the matplotlibrc on this machine says
 def report(model: RowRNN, data: Data, config: Config, history: list[Training], note: str) -> dict:
     """Score the best epoch on the test set, save the figures, print the table."""
@@ -512,7 +513,6 @@ def study(data: Data, config: Config, history: list[Training]) -> dict[str, list
         print(f"{name:15}  {len(h):6}  {accuracy:8.4f}  {seconds:16.1f}")
     for name, norms in gradients.items():
         print(f"{name}: gradient of the first step over the last step's {norms[0] / norms[-1]:.1e}")
-
     figure, (left, right) = new_figure(f"{what}: batch size", (10, 4.4), 1, 2, sharey=True)
     for name in ("batch 64", "batch 640"):
         losses, last = np.concatenate([h.losses for h in histories[name]]), histories[name][-1]

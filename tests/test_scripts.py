@@ -294,6 +294,24 @@ def test_what_a_user_can_mend_is_told_and_a_mistake_in_the_code_is_raised(part, 
             part.explain(error)
 
 
+def test_interrupted_inside_the_optimizer_everything_is_drawn(part, monkeypatch, tmp_path):
+    """There Ctrl-C can leave autograd switched off, and some figures need a gradient."""
+    train = part.train
+
+    def interrupted(*arguments):
+        train(*arguments)
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(part, "train", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            part.main(small_config(part, images_dir=tmp_path))
+    finally:
+        torch.set_grad_enabled(True)
+    assert len(list(tmp_path.rglob("*.png"))) >= 5
+
+
 def test_interrupted_while_figures_are_drawn_they_are_drawn_again(part, monkeypatch, tmp_path):
     """Ctrl-C after the last epoch: everything is scored and drawn, marked, then it ends."""
     calls, save = [], part.save_figure
