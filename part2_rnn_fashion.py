@@ -8,11 +8,11 @@ the recurrent layer carries one state h through the picture, from the top row to
 The mean and the maximum of h over the rows then give one score (logit) for each kind of clothing.
 
     python part2_rnn_fashion.py            # train, score, draw
-    python part2_rnn_fashion.py --study    # then batch size, RNN against MLP, and memory
+    python part2_rnn_fashion.py --seeds 5  # five times: mean and standard deviation
     python part2_rnn_fashion.py --help     # every setting below, as a flag
 
 Expect 90.36 +- 0.20 % on the test set (seeds 0 to 4), 114 s of training on two AMD Zen 5 cores.
-The lesson ends with `main`; below it stand figures, the study, downloads and errors.
+The lesson ends with `main`; below it stand figures, saved nets, downloads and errors.
 
 References: Elman 1990 (the layer); Pascanu, Mikolov & Bengio 2013 (vanishing gradients); Le, Jaitly
 & Hinton 2015 (images as sequences).
@@ -28,11 +28,12 @@ import signal
 import sys
 import time
 import urllib.request
+import zipfile
 import zlib
 from dataclasses import dataclass, fields, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import matplotlib.style
 import numpy as np
@@ -56,9 +57,7 @@ class Config:
     num_layers: int = 1  # recurrent layers, one on top of the other
     bidirectional: bool = False  # also read from the bottom row to the top row
     rows_per_step: Literal[1, 2, 4, 7, 14, 28] = 1  # rows read in a step; 28: no sequence at all
-    encoder_size: int = (
-        128  # each step's pixels are first encoded as this many numbers; 0: as they are
-    )
+    encoder_size: int = 128  # numbers that each step's pixels are first encoded as
     readout: Literal["pool", "last"] = "pool"  # classify mean and max of the states, or the last
     orthogonal: bool = True  # start W_hh orthogonal: then W_hh h is as long as h
     dropout: float = 0.0  # share of what the classifier sees that is zeroed in training
@@ -73,19 +72,21 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else the CPU
     data_dir: Path = Path("data")  # where Fashion-MNIST lies, or is downloaded to
     images_dir: Path = Path("images")  # where the figures go
-    study: bool = False  # also run the experiments: batch size, RNN against MLP, memory
+    seeds: int = 1  # runs, with seed, seed + 1, ...; several end with mean and standard deviation
+    save: Path | None = None  # file for the trained net
+    load: Path | None = None  # file of a saved net, to score it instead of training one
 
     def __post_init__(self) -> None:
         """Raise ValueError with field, value and what is allowed, before anything is done."""
         limits = {
-            "hidden_size": (1, 16384), "num_layers": (1, 64), "encoder_size": (0, 16384),
+            "hidden_size": (1, 16384), "num_layers": (1, 64), "encoder_size": (2, 16384),
             "dropout": (0, 0.99), "epochs": (1, 100_000), "batch_size": (1, 55_000),
             "lr": (1e-12, 1e30), "weight_decay": (0, 1e30), "label_smoothing": (0, 0.99),
-            "seed": (0, 2**32 - 1),
+            "seed": (0, 2**32 - 1), "seeds": (1, 1000),
         }  # fmt: skip
         check_fields(self, limits)
-        if self.encoder_size == 1:  # layer norm of one number is always zero
-            raise UserError("encoder_size is 1: it must be 0, or from 2 to 16384")
+        if self.load and (self.save or self.seeds > 1):
+            raise UserError("load trains nothing: it cannot go with save or seeds")
 
 
 # ------------------------------------------- model -------------------------------------------- #
@@ -149,9 +150,8 @@ class RowRNN(nn.Module):
         super().__init__()
         self.rows_per_step, self.readout = config.rows_per_step, config.readout
         width, E, H = 28 * config.rows_per_step, config.encoder_size, config.hidden_size
-        layers = [nn.Linear(width, E), nn.LayerNorm(E), nn.ReLU()] if E > 0 else []
-        self.encoder = nn.Sequential(*layers)
-        self.rnn = TanhRNN(E or width, H, config.num_layers, config.bidirectional)
+        self.encoder = nn.Sequential(nn.Linear(width, E), nn.LayerNorm(E), nn.ReLU())
+        self.rnn = TanhRNN(E, H, config.num_layers, config.bidirectional)
         for name, parameter in self.rnn.named_parameters():
             if config.orthogonal and name.startswith("weight_hh"):
                 nn.init.orthogonal_(parameter)
@@ -177,6 +177,8 @@ class Data(NamedTuple):
 
     name: str
     class_names: list[str]
+    mean: float  # of the training split's pixels, 0 to 255
+    std: float
     train_images: Tensor
     train_labels: Tensor
     val_images: Tensor
@@ -197,9 +199,9 @@ def load_data(data_dir: Path, seed: int, device: torch.device) -> Data:
     train, val = order[:-n_val].to(device), order[-n_val:].to(device)
     images, labels = images.to(device), labels.to(device)
     pixels = images[train].to(torch.get_default_dtype())
-    std, mean = torch.std_mean(pixels)  # of the training split alone
+    std, mean = (x.item() for x in torch.std_mean(pixels))  # of the training split alone
     return Data(
-        name, class_names,
+        name, class_names, mean, std,
         pixels.sub_(mean).div_(std), labels[train],
         (images[val] - mean) / std, labels[val],
         (test_images.to(device) - mean) / std, test_labels.to(device),
@@ -268,10 +270,8 @@ def train(model: nn.Module, data: Data, config: Config, history: list[Training])
         val_accuracy = (logits.argmax(1) == data.val_labels).float().mean().item()
         if not math.isfinite(sum(losses) + val_loss):
             step = np.isfinite([*losses, val_loss]).argmin() + 1  # validation counts as one more
-            advice = f"try a lower learning rate than lr = {config.lr:g}"
-            raise UserError(
-                f"the loss became NaN or infinite in epoch {epoch}, step {step}: {advice}"
-            )
+            what = f"the loss became NaN or infinite in epoch {epoch}, step {step}"
+            raise UserError(f"{what}: try a lower learning rate than lr = {config.lr:g}")
         seconds = time.perf_counter() - start
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         history.append(Training(losses, val_loss, val_accuracy, seconds, weights))
@@ -318,28 +318,29 @@ def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
 
 @torch.enable_grad()  # Ctrl-C inside the optimizer may have left it off
 @matplotlib.style.context("default")  # whatever the matplotlibrc on this machine says
-def report(model: RowRNN, data: Data, config: Config, history: list[Training], note: str) -> dict:
-    """Score the best epoch on the test set, save the figures, print the table."""
-    model.load_state_dict(history[best(history)].weights)
+def report(
+    model: RowRNN, data: Data, config: Config, history: list[Training], note: str, draw: bool
+) -> dict:
+    """Score the net on the test set, save it and its figures where wanted, print the table."""
+    if config.save:
+        save_net(model, data, config, history)
     probabilities = predict(model, data.test_images).softmax(1)  # the one look at the test set
-    results = {"dataset": data.name}
-    results |= score(data.test_labels, probabilities.argmax(1), data.class_names)
-    matrix = results["confusion_matrix"]
-    results |= {"train_seconds": history[-1].seconds, "epochs_run": len(history)}
+    results = score(data.test_labels, probabilities.argmax(1), data.class_names)
+    results |= {"dataset": data.name, "epochs_run": len(history), "train_seconds": 0.0}
+    if history:
+        results["train_seconds"] = history[-1].seconds
+        results["val_accuracy"] = history[best(history)].val_accuracy
     results["parameters"] = sum(p.numel() for p in model.parameters())
     title = f"{data.name}, tanh RNN: test accuracy {results['accuracy']:.2%}{note}"
-    torch.manual_seed(config.seed)
-    nets = {"before training": RowRNN(config).to(data.test_images.device), "after": model}
-    gradients = {name: gradient_by_step(net, data) for name, net in nets.items()}
-    figures = {
-        "training_curves": curves_figure(history, title),
-        "confusion_matrix": confusion_figure({"": matrix}, data.class_names, title),
-        "mistakes": mistakes_figure(data, probabilities, title),
-        "belief_by_row": belief_figure(model, data, title),
-        "gradient_by_step": gradient_figure(gradients, title),
-    }
-    for name, figure in figures.items():
-        save_figure(figure, config.images_dir / f"part2_{name}.png")
+    if draw:
+        matrices = {"": results["confusion_matrix"]}
+        figures = {"training_curves": curves_figure(history, title)} if history else {}
+        figures["confusion_matrix"] = confusion_figure(matrices, data.class_names, title)
+        figures["mistakes"] = mistakes_figure(data, probabilities, title)
+        figures["belief_by_row"] = belief_figure(model, data, title)
+        figures["gradient_by_step"] = gradient_figure(model, data, config, title)
+        for name, figure in figures.items():
+            save_figure(figure, config.images_dir / f"part2_{name}.png")
     print(f"\n{data.name}, test set{note}\n{results['report']}")
     return results
 
@@ -347,39 +348,44 @@ def report(model: RowRNN, data: Data, config: Config, history: list[Training], n
 # -------------------------------------------- main -------------------------------------------- #
 
 
-def main(config: Config) -> dict:
+def main(config: Config, draw: bool = True) -> dict:
     """Train, score the test set once, draw; returns the results as a dict.
 
     After Ctrl-C the best epoch so far is scored and drawn, then KeyboardInterrupt is raised again.
     """
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    write_whole(config.images_dir / ".try", b"")  # told now, not after training
-    (config.images_dir / ".try").unlink(missing_ok=True)
-    data = load_data(config.data_dir, config.seed, device)
+    check_writable(config.images_dir / "part2.png")  # told now, not after training
+    check_writable(config.save)
+    model = RowRNN(config)
+    saved = load_net(model, config)  # {} without --load
+    data = load_data(config.data_dir, saved.get("seed", config.seed), device)
+    if data.name != saved.get("dataset", data.name):
+        raise UserError(f"{config.load} was trained on {saved['dataset']}, but here is {data.name}")
     if data.name != DATASET.__name__:  # a stand-in's figures never replace the real ones
         config = replace(config, images_dir=config.images_dir / "offline")
-    model = RowRNN(config).to(device)
     counts = (f"{len(x):,}" for x in (data.train_labels, data.val_labels, data.test_labels))
     print("{}: {} training, {} validation, {} test images".format(data.name, *counts), end="; ")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; device {device}")
     history: list[Training] = []
     try:
-        train(model, data, config, history)
-        results = report(model, data, config, history, note="")
+        if not config.load:
+            train(model.to(device), data, config, history)
+        results = report(model.to(device), data, config, history, "", draw)
     except KeyboardInterrupt:
         if history:
+            model.load_state_dict(history[best(history)].weights)
             note = f", interrupted after epoch {len(history)}"
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f"{data.name}{note}: the best so far is scored and drawn", file=sys.stderr)
-            report(model, data, config, history, note)
+            report(model, data, config, history, note, draw)
         raise
-    if config.study:
-        results["study"] = study(data, config, history)
+    if config.seeds > 1:
+        results["runs"] = repeat(config, results)
     return results
 
 
-# ============ The lesson ends here. Below: figures, the study, downloads, errors. ============= #
+# ============ The lesson ends here. Below: figures, saved nets, downloads, errors. ============== #
 
 
 def mirror(images: Tensor) -> Tensor:
@@ -472,63 +478,65 @@ def gradient_by_step(model: RowRNN, data: Data) -> np.ndarray:
     return by_step.norm(dim=2).mean(0).numpy(force=True)
 
 
-def gradient_figure(curves: dict[str, np.ndarray], title: str) -> Figure:
-    """`gradient_by_step` of several nets on one logarithmic axis."""
-    figure, axes = new_figure(f"{title}\nhow much the pixels of each step move the loss", (10, 4.4))
-    for name, norms in curves.items():
+def gradient_figure(model: RowRNN, data: Data, config: Config, title: str) -> Figure:
+    """`gradient_by_step` of the net, and of untrained ones that read out the last state alone."""
+    title += "\nhow much the pixels of each step move the loss"
+    figure, axes = new_figure(title, (10, 4.4))
+    last, nets = replace(config, readout="last"), {"this net, trained": model}
+    nets["this net, untrained"] = RowRNN(config)
+    nets["untrained, last state read, W_hh orthogonal"] = RowRNN(replace(last, orthogonal=True))
+    nets["untrained, last state read, W_hh random"] = RowRNN(replace(last, orthogonal=False))
+    for name, net in nets.items():
+        norms = gradient_by_step(net.to(data.val_images.device), data)
+        name += f": first over last {norms[0] / norms[-1]:.1e}"
         axes.plot(range(1, len(norms) + 1), norms, "o-", markersize=4, label=name)
     axes.set(xlabel="step t, from the top row down", ylabel="mean norm of dL/dx_t", yscale="log")
     axes.legend()
     return figure
 
 
-@matplotlib.style.context("default")
-def study(data: Data, config: Config, history: list[Training]) -> dict[str, list[Training]]:
-    """RNN against MLP, batch size, and the start of W_hh where only the last state is read."""
-    mlp = [nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU()]
-    mlp.append(nn.Linear(512, 10))
-    three, memory = replace(config, epochs=3), replace(config, epochs=3, readout="last")
-    settings = {
-        "MLP": config,
-        "batch 64": replace(three, batch_size=64),
-        "batch 640": replace(three, batch_size=640),
-        "random W_hh": replace(memory, orthogonal=False),
-        "orthogonal W_hh": replace(memory, orthogonal=True),
-    }
-    what = f"{data.name}, validation split (which also chose the epoch), seed {config.seed}"
-    print(f"\n{what}\nnet              epochs  accuracy  seconds an epoch")
-    histories, gradients, device = {"RNN": history}, {}, data.train_images.device
-    for name, setting in {"RNN": config, **settings}.items():
-        torch.manual_seed(config.seed)
-        model = (nn.Sequential(*mlp) if name == "MLP" else RowRNN(setting)).to(device)
-        if "W_hh" in name:
-            gradients[f"{name}, before training"] = gradient_by_step(model, data)
-        if name != "RNN":
-            with contextlib.redirect_stdout(None):  # no row for each epoch
-                train(model, data, setting, histories.setdefault(name, []))
-        if "W_hh" in name:
-            gradients[f"{name}, after"] = gradient_by_step(model, data)
-        h = histories[name]
-        accuracy, seconds = h[best(h)].val_accuracy, h[-1].seconds / len(h)
-        print(f"{name:15}  {len(h):6}  {accuracy:8.4f}  {seconds:16.1f}")
-    for name, norms in gradients.items():
-        print(f"{name}: gradient of the first step over the last step's {norms[0] / norms[-1]:.1e}")
-    figure, (left, right) = new_figure(f"{what}: batch size", (10, 4.4), 1, 2, sharey=True)
-    for name in ("batch 64", "batch 640"):
-        losses, last = np.concatenate([h.losses for h in histories[name]]), histories[name][-1]
-        window = max(1, len(losses) // 60)  # a moving mean, or 64's noise hides all
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        steps = np.arange(window, len(losses) + 1)
-        label = f"{name}: {last.val_accuracy:.2%}, {last.seconds:.0f} s"
-        left.plot(steps, smooth, label=label)
-        right.plot(steps / len(losses) * last.seconds, smooth, label=label)
-    left.set(xlabel="step", ylabel="training loss (nats, moving mean)", yscale="log")
-    right.set(xlabel="seconds")
-    right.legend(title="validation accuracy, training time")
-    save_figure(figure, config.images_dir / "part2_study_batch_size.png")
-    figure = gradient_figure(gradients, f"{what}: last state read out, 3 epochs")
-    save_figure(figure, config.images_dir / "part2_study_memory.png")
-    return histories
+def repeat(config: Config, first: dict) -> list[dict]:
+    """Run `main` with the next seeds too; print the scores of each, their mean and deviation."""
+    runs = [first]
+    for seed in range(config.seed + 1, config.seed + config.seeds):
+        runs.append(main(replace(config, seed=seed % 2**32, seeds=1, save=None), draw=False))
+    print(f"\n{first['dataset']}, {config.seeds} seeds from {config.seed}: mean +- std (each)")
+    for name in ("val_accuracy", "accuracy", "f1", "train_seconds"):
+        values = [run[name] if name == "train_seconds" else 100 * run[name] for run in runs]
+        each = ", ".join(f"{value:.2f}" for value in values)
+        print(f"{name:13}  {np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}  ({each})")
+    return runs
+
+
+def save_net(model: nn.Module, data: Data, config: Config, history: list[Training]) -> None:
+    """Write the weights to `config.save`, with all that is needed to use them again."""
+    saved = {"net": f"{type(model).__name__}, {config}", "weights": model.state_dict()}
+    saved |= {"seed": config.seed, "dataset": data.name, "class_names": data.class_names}
+    saved |= {"mean": data.mean, "std": data.std}
+    saved["val_accuracy"] = history[best(history)].val_accuracy
+    torch.save(saved, content := io.BytesIO())
+    write_whole(config.save, content.getvalue())
+
+
+def load_net(model: nn.Module, config: Config) -> dict:
+    """Fill `model` from `config.load`; returns all that `save_net` wrote there, {} if None.
+
+    Raises UserError if the file is missing, damaged or of another net. It can run no code.
+    """
+    if config.load is None:
+        return {}
+    try:
+        if zipfile.ZipFile(config.load).testzip():  # torch.load does not look at the checksums
+            raise ValueError("its checksum is wrong")
+        saved = torch.load(config.load, map_location="cpu", weights_only=True)
+        weights, net = dict(saved)["weights"], saved["net"]
+    except Exception as error:  # there is no end to what a strange file can cause
+        raise UserError(f"{config.load} is no net that was saved here: {error!s:.150}") from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:  # names or shapes differ
+        raise UserError(f"{config.load} is another net than the settings say: {net}") from None
+    return saved
 
 
 DATASET = FashionMNIST
@@ -622,7 +630,8 @@ def check_fields(config: object, limits: dict[str, tuple[float, float]]) -> None
     """Raise UserError for a value not of its field's type, or a number not within its limits."""
     for field in fields(config):
         value, every = getattr(config, field.name), CollectionCheckStrategy.ALL_ITEMS
-        if field.type is Path and isinstance(value, str | Path):  # a string will do
+        is_path = Path in (field.type, *get_args(field.type))
+        if is_path and isinstance(value, str | Path):  # a string will do
             value = Path(os.path.expanduser(value))
             object.__setattr__(config, field.name, value)
         try:
@@ -646,6 +655,15 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"cannot write {path} ({error.strerror}): choose another folder") from None
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise UserError if a file could not be written at `path`."""
+    if path and path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    if path:
+        write_whole(path.with_name(".try"), b"")
+        path.with_name(".try").unlink(missing_ok=True)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -7,6 +7,7 @@ has a key/value head of its own (MHA), shares one with its group (GQA) or with a
 or makes its own from a few cached numbers (MLA). What does each way save, and what does it cost?
 
     python part3_attention.py            # train, score and time every variant, draw
+    python part3_attention.py --seeds 5  # five times: mean and standard deviation
     python part3_attention.py --study    # then many cache sizes, and from MHA to GQA by pooling
     python part3_attention.py --help     # every setting below, as a flag
 
@@ -26,7 +27,7 @@ import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import matplotlib.style
 import numpy as np
@@ -57,6 +58,7 @@ class Config:
     seed: int = 0  # of the sequences and the weights
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else the CPU
     images_dir: Path = Path("images")  # where the figures go
+    seeds: int = 1  # runs, with seed, seed + 1, ...; several end with mean and standard deviation
     study: bool = False  # also many cache sizes, and the trained MHA converted to GQA and MQA
 
     def __post_init__(self) -> None:
@@ -65,7 +67,7 @@ class Config:
             "d_model": (1, 16384), "n_head": (1, 256), "n_kv_head": (1, 256),
             "kv_latent": (1, 16384), "lookups": (1, 3), "seq_len": (2, 128), "lr": (1e-12, 1e30),
             "steps": (1, 10_000_000), "batch_size": (1, 1_000_000), "weight_decay": (0, 1e30),
-            "seed": (0, 2**32 - 1),
+            "seed": (0, 2**32 - 1), "seeds": (1, 1000),
         }  # fmt: skip
         check_fields(self, limits)
         if self.d_model % self.n_head != 0:
@@ -395,14 +397,13 @@ def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
 # -------------------------------------------- main -------------------------------------------- #
 
 
-def main(config: Config) -> dict[str, dict]:
+def main(config: Config, draw: bool = True) -> dict[str, dict]:
     """Train, score and time every variant, and draw; returns a dict of results for each.
 
     After Ctrl-C what has been trained is scored and drawn, then KeyboardInterrupt is raised again.
     """
     device = pick_device(config.device)
-    write_whole(config.images_dir / ".try", b"")  # told now, not after training
-    (config.images_dir / ".try").unlink(missing_ok=True)
+    check_writable(config.images_dir / "part3.png")  # told now, not after training
     test, validation, stream = draw_splits(config, device)
     names = [{1: "MQA", config.n_head: "MHA"}.get(n, f"GQA-{n}") for n in config.n_kv_head]
     names += [f"MLA-{numbers}" for numbers in config.kv_latent]
@@ -414,7 +415,7 @@ def main(config: Config) -> dict[str, dict]:
             numbers = cached_numbers(nets[name].attention)
             print(f"\n{name}: {numbers} numbers cached for a token; device {device}")
             train(nets[name], config, validation, stream.clone_state(), histories[name])
-        results = report(nets, histories, test, config, note="")
+        results = report(nets, histories, test, config, "", draw)
     except (KeyboardInterrupt, UserError):
         nets = {name: net for name, net in nets.items() if histories.get(name)}
         if nets:
@@ -422,8 +423,10 @@ def main(config: Config) -> dict[str, dict]:
             note = f", interrupted after step {history[-1].step} of {last}"
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print("interrupted: what has been trained is scored and drawn", file=sys.stderr)
-            report(nets, histories, test, config, note)
+            report(nets, histories, test, config, note, draw)
         raise
+    if config.seeds > 1:
+        repeat_variants(config, results)
     if config.study:
         results["study"] = study(nets["MHA"], config, device)
     return results
@@ -498,33 +501,24 @@ def steps_to_99(history: list[Training]) -> float:
 
 @torch.no_grad()
 def decode_times(name: str, config: Config, device: torch.device) -> dict[str, list[float]]:
-    """By context: seconds of a decoding step, of PyTorch's own attention, and bytes of the cache.
+    """By context: seconds of a decoding step of the module, projections included; cache in bytes.
 
-    As many heads as the variant has, but of 64 numbers, as in real models; batch 4. Ours is the
-    module's step from its cache, projections included; PyTorch's (not for MLA) is
-    scaled_dot_product_attention(enable_gqa=True) alone, on the same cache.
+    As many heads as the variant has, but of 64 numbers, as in real models; batch 4.
     """
     wide = replace(config, d_model=64 * config.n_head)
     if name.startswith("MLA"):
         name = f"MLA-{int(name[4:]) * wide.d_model // config.d_model}"
     module, x = make_attention(name, wide).to(device), torch.randn(4, 1, wide.d_model).to(device)
-    q = split_heads(module.q_proj(x), module.n_head)
     longest = min(8192, 2**29 // (2048 * config.n_head))  # MHA's cache is 512 MB at the most
-    found = {"context": [longest // n for n in (16, 8, 4, 2, 1)]}
-    found |= {"ours": [], "PyTorch": [], "bytes": []}
+    found = {"context": [longest // n for n in (16, 8, 4, 2, 1)], "seconds": [], "bytes": []}
     for context in found["context"]:
         cache, times = KVCache(context), []
         for _ in range(12):
             start = time.perf_counter()
             module(x, cache=cache)[0].sum().item()  # .item() waits until the device has finished
-            middle = time.perf_counter()
-            if not name.startswith("MLA"):
-                F.scaled_dot_product_attention(q, *cache.memory, enable_gqa=True).sum().item()
-            times.append((middle - start, time.perf_counter() - middle))
+            times.append(time.perf_counter() - start)
             cache.length = context - 1  # as if all tokens but the last were there
-        ours, theirs = np.median(times[2:], axis=0)  # the first two warm up
-        found["ours"].append(ours)
-        found["PyTorch"].append(math.nan if name.startswith("MLA") else theirs)
+        found["seconds"].append(np.median(times[2:]))  # the first two warm up
         found["bytes"].append(sum(memory.nbytes for memory in cache.memory))
     return found
 
@@ -532,7 +526,7 @@ def decode_times(name: str, config: Config, device: torch.device) -> dict[str, l
 @matplotlib.style.context("default")  # whatever the matplotlibrc on this machine says
 def report(
     nets: dict[str, LookupNet], histories: dict[str, list[Training]], test: Sequences,
-    config: Config, note: str,
+    config: Config, note: str, draw: bool,
 ) -> dict[str, dict]:  # fmt: skip
     """Score every net on the test sequences, decode from its cache, draw, print the tables."""
     results, weights, times, few = {}, {}, {}, Sequences(*(field[:100] for field in test))
@@ -549,7 +543,7 @@ def report(
             "steps_to_99": steps_to_99(history),
             "parameters": sum(p.numel() for p in net.parameters()),
             "cached_numbers": cached_numbers(net.attention),
-            "decode_microseconds": 1e6 * times[name]["ours"][-1],
+            "decode_microseconds": 1e6 * times[name]["seconds"][-1],
             "decode_difference": (decode(net, few) - logits[:100]).abs().max().item(),
             "alignment": alignment(weights[name], test).amax(1).tolist(),
         }
@@ -558,16 +552,15 @@ def report(
     title += ", ".join(f"{name} {row['accuracy']:.2%}" for name, row in results.items())
     first, worst = next(iter(results)), min(results, key=lambda name: results[name]["accuracy"])
     matrices = {name: results[name]["confusion_matrix"] for name in (first, worst)}
-    figures = {
+    figures = draw and {
         "attention_heatmaps": heatmap_figure(weights, test, title),
         "training_curves": curves_figure(histories, title),
         "confusion_matrix": confusion_figure(matrices, DIGITS, title),
-        "head_sharing": sharing_figure({name: net.attention for name, net in nets.items()}, title),
         "decode": decode_figure(times, test.digit.device),
         "qkv": qkv_figure(first, nets[first], test),
     }
-    for name, figure in figures.items():
-        save_figure(figure, config.images_dir / f"part3_{name}.png")
+    for name in figures or ():
+        save_figure(figures[name], config.images_dir / f"part3_{name}.png")
 
     for name, row in results.items():
         print(f"\n{name}, test sequences{note}\n{row['report']}")
@@ -641,40 +634,18 @@ def heatmap_figure(weights: dict[str, Tensor], data: Sequences, title: str) -> F
     return figure
 
 
-def sharing_figure(modules: dict[str, nn.Module], title: str) -> Figure:
-    """Which query heads read which cached key/value head, or MLA's latent c."""
-    figure, grid = new_figure(title, (10, 1.6 * len(modules) + 0.3), len(modules), squeeze=False)
-    for axes, (name, module) in zip(grid.flat, modules.items(), strict=True):
-        group, shown = module.n_head // getattr(module, "n_kv_head", 1), min(module.n_head, 32)
-        for head in range(shown):  # as many as can be read
-            kv, colour = head // group, f"C{head // group % 10}"
-            centre, text = (kv + 0.5) * group - 0.5, "c" if "MLA" in name else f"k{kv}\nv{kv}"
-            box, place = {"fc": colour, "ec": colour}, {"ha": "center", "va": "center"}
-            axes.plot([head, centre], [1, 0], color=colour)
-            axes.text(head, 1, f"q{head}", bbox=box | {"fc": "w"}, **place)
-            axes.text(centre, 0, text, color="w", bbox=box, **place)
-        axes.set(ylim=(-0.6, 1.5), xlim=(-0.6, max(15, shown - 1) + 0.6))
-        axes.set_title(f"{name}: {cached_numbers(module)} numbers cached for a token", fontsize=10)
-        axes.axis("off")
-    return figure
-
-
 def decode_figure(times: dict[str, dict], device: torch.device) -> Figure:
-    """Time and cache of a decoding step by context length, every variant and PyTorch's (dashed)."""
+    """Time of a decoding step of every variant by context length, with its cache's size."""
     title = f"One decoding step: batch 4, heads of 64, float32, {device}"
-    figure, (left, right) = new_figure(title, (10, 4.4), 1, 2)
-    for i, (name, row) in enumerate(times.items()):
-        left.plot(row["context"], 1e3 * np.array(row["ours"]), "o-", color=f"C{i}", label=name)
-        left.plot(row["context"], 1e3 * np.array(row["PyTorch"]), "--", color=f"C{i}")
-        right.plot(row["context"], np.array(row["bytes"]) / 2**20, "o-", color=f"C{i}", label=name)
-    left.set_ylabel("milliseconds for one step (dashed: PyTorch's attention)")
-    right.set_ylabel("cache (MiB)")
-    for axes in (left, right):
-        axes.set(xlabel="tokens in the cache", xscale="log", yscale="log")
-        axes.set_xticks(row["context"], row["context"], minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    right.legend()
+    figure, axes = new_figure(title, (10, 5))
+    for name, row in times.items():
+        label = f"{name}: cache of {row['bytes'][-1] / 2**20:,.0f} MiB at the end"
+        axes.plot(row["context"], 1e3 * np.array(row["seconds"]), "o-", label=label)
+    axes.set(xlabel="tokens in the cache", ylabel="milliseconds", xscale="log", yscale="log")
+    axes.set_xticks(row["context"], row["context"], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 
@@ -711,6 +682,21 @@ def qkv_figure(name: str, net: LookupNet, data: Sequences) -> Figure:
     return figure
 
 
+def repeat_variants(config: Config, first: dict[str, dict]) -> None:
+    """Run `main` with the next seeds too; print each variant's scores, mean and deviation."""
+    runs = [first]
+    for seed in range(config.seed + 1, config.seed + config.seeds):
+        setting = replace(config, seed=seed % 2**32, seeds=1, study=False)
+        runs.append(main(setting, draw=False))
+    print(f"\ntest sequences, {config.seeds} seeds from {config.seed}: mean +- std (each)")
+    for name, key in ((name, key) for name in first for key in ("accuracy", "f1", "steps_to_99")):
+        values = [run[name][key] * (1 if key == "steps_to_99" else 100) for run in runs]
+        each = ", ".join(f"{value:.6g}" for value in np.round(values, 2))
+        print(f"{name:7} {key:11}  {np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}  ({each})")
+    for name, row in first.items():
+        row["runs"] = [run[name] for run in runs]
+
+
 @matplotlib.style.context("default")
 def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, list]:
     """Many cache sizes with three seeds; then fewer heads from the trained MHA by pooling."""
@@ -738,22 +724,19 @@ def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, lis
         _, percents, steps = zip(*found[name], strict=True)
         tqdm.write(f"{name:7}  {numbers:6}  {' '.join(f'{p:6.2f}' for p in percents)}  {steps}")
 
-    figure, (left, right) = new_figure(what, (10, 4.6), 1, 2)
+    figure, axes = new_figure(f"{what}: accuracy on test sequences", (10, 5))
     for i, (family, names) in enumerate(families.items()):
         points = np.array([found[name] for name in names]).reshape(len(names), 3, 3)
-        numbers, percents, steps = points.transpose(2, 0, 1)  # (sizes, seeds) each
-        left.plot(numbers, percents, "o", color=f"C{i}", markersize=4)
-        left.plot(numbers[:, 0], percents.mean(1), color=f"C{i}", label=family)
-        right.plot(numbers, steps, "o", color=f"C{i}", markersize=4)
-    left.set(ylabel="accuracy (%): each seed, and the mean")
-    left.legend()
-    right.set(ylabel="steps to 99 % on validation (none: never)", ylim=(0, 1.05 * config.steps))
+        numbers, percents, _ = points.transpose(2, 0, 1)  # (sizes, seeds) each
+        axes.plot(numbers * 1.02**i, percents, f"C{i}o", markersize=4)  # side by side, not hidden
+        axes.plot(numbers[:, 0] * 1.02**i, percents.mean(1), f"C{i}", label=family)
     sizes = sorted({rows[0][0] for rows in found.values()})
-    for axes in (left, right):
-        axes.set(xlabel="numbers cached for a token", xscale="log", xlim=(sizes[0] / 1.2, None))
-        axes.set_xticks(sizes, sizes, minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+    axes.set(xlabel="numbers cached for a token", ylabel="accuracy (%): each seed, and the mean")
+    axes.set(xscale="log", xlim=(sizes[0] / 1.2, None))
+    axes.set_xticks(sizes, sizes, minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
     save_figure(figure, config.images_dir / "part3_cache_tradeoff.png")
 
     few, (test, validation, stream) = sorted(config.n_kv_head)[:-1], draw_splits(config, device)
@@ -797,7 +780,8 @@ def check_fields(config: object, limits: dict[str, tuple[float, float]]) -> None
     """Raise UserError for a value not of its field's type, or a number not within its limits."""
     for field in fields(config):
         value, every = getattr(config, field.name), CollectionCheckStrategy.ALL_ITEMS
-        if field.type is Path and isinstance(value, str | Path):  # a string will do
+        is_path = Path in (field.type, *get_args(field.type))
+        if is_path and isinstance(value, str | Path):  # a string will do
             value = Path(os.path.expanduser(value))
             object.__setattr__(config, field.name, value)
         try:
@@ -821,6 +805,15 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"cannot write {path} ({error.strerror}): choose another folder") from None
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise UserError if a file could not be written at `path`."""
+    if path and path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    if path:
+        write_whole(path.with_name(".try"), b"")
+        path.with_name(".try").unlink(missing_ok=True)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

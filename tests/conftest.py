@@ -37,7 +37,9 @@ def small_data(module, n_train=256, n_val=64, n_test=64):
         labels = torch.randint(10, (n,), generator=generator)
         return prototypes[labels] + 0.5 * torch.randn(n, 28, 28, generator=generator), labels
 
-    return module.Data("toy", list("0123456789"), *split(n_train), *split(n_val), *split(n_test))
+    return module.Data(
+        "toy", list("0123456789"), 0.0, 1.0, *split(n_train), *split(n_val), *split(n_test)
+    )
 
 
 def small_config(module, **settings):

@@ -78,6 +78,7 @@ def test_splits_are_seeded_disjoint_complete_and_normalised_by_training_alone(
     # Complete and, as no image repeats, disjoint.
     assert sorted(row for split in splits for row in split) == everything
     assert len(set(everything)) == 1797
+    assert (data.mean, data.std) == (mean.item(), std.item())
     assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
 
     again, other = part1.load_data(tmp_path, 3, CPU), part1.load_data(tmp_path, 4, CPU)
@@ -104,8 +105,8 @@ def test_warp_keeps_shape_range_and_image():
 def test_elastic_displacement_has_the_size_that_it_claims(monkeypatch):
     """A ramp shows where each pixel came from: its change is the displacement in pixels."""
     torch.manual_seed(0)
-    centred = torch.full((6, 2000), 0.5)  # no rotation, no shift, ...: the elastic part alone
-    monkeypatch.setattr(torch, "rand", lambda *shape, device: centred)
+    # Every draw in the middle, no rotation, no shift, ...: the elastic part alone.
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.full(shape, 0.5))
     ramp = torch.arange(28.0).expand(2000, 28, 28)
     moved = (part1.augment(ramp, 1.0) - ramp)[:, 6:22, 6:22]  # away from the border, which repeats
     assert abs(moved.std().item() - 0.9) < 0.05

@@ -67,7 +67,7 @@ def test_a_step_sees_earlier_rows_and_no_later_ones():
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"rows_per_step": 4}, {"rows_per_step": 28}, {"encoder_size": 0}, {"readout": "last"},
+    {}, {"rows_per_step": 4}, {"rows_per_step": 28}, {"encoder_size": 5}, {"readout": "last"},
     {"bidirectional": True, "num_layers": 2}, {"bidirectional": True, "readout": "last"},
 ])  # fmt: skip
 def test_state_is_fresh_for_every_batch(settings):
@@ -87,8 +87,8 @@ def test_state_is_fresh_for_every_batch(settings):
 def test_rows_are_read_in_order_and_none_is_lost():
     """The encoder sees rows_per_step rows at a time, the top ones first."""
     torch.manual_seed(0)
-    model, seen = part2.RowRNN(part2.Config(hidden_size=4, encoder_size=0, rows_per_step=4)), []
-    model.rnn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model, seen = part2.RowRNN(part2.Config(hidden_size=4, encoder_size=3, rows_per_step=4)), []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     images = torch.randn(3, 28, 28)
     model(images)
     assert torch.equal(seen[0].transpose(0, 1).reshape(3, 28, 28), images)

@@ -17,12 +17,10 @@ from conftest import PARTS, WITH_DATA, small_config, small_data
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
 FIGURES = {
-    "part1_mlp_mnist": "training_curves confusion_matrix mistakes flattening loss_vs_weight "
-    "first_layer study_depth study_shuffled_pixels",
-    "part2_rnn_fashion": "training_curves confusion_matrix mistakes belief_by_row "
-    "gradient_by_step study_batch_size study_memory",
-    "part3_attention": "training_curves confusion_matrix attention_heatmaps head_sharing decode "
-    "qkv cache_tradeoff study_from_mha",
+    "part1_mlp_mnist": "training_curves confusion_matrix mistakes loss_vs_weight first_layer",
+    "part2_rnn_fashion": "training_curves confusion_matrix mistakes belief_by_row gradient_by_step",
+    "part3_attention": "training_curves confusion_matrix attention_heatmaps decode qkv "
+    "cache_tradeoff study_from_mha",
 }
 
 
@@ -63,7 +61,7 @@ def test_learning_rate_goes_up_to_its_peak_then_down_to_nothing(part):
 
 COMMON = [("lr", 0), ("lr", math.nan), ("lr", math.inf), ("weight_decay", -1), ("seed", -1),
           ("seed", 2**32), ("seed", 0.5), ("batch_size", 0), ("device", "gpu"),
-          ("study", "yes"),
+          ("seeds", 0), ("seeds", 1001),
           ("images_dir", 5)]  # fmt: skip
 IMAGES = [("epochs", 0), ("epochs", 1.5), ("batch_size", 55_001), ("dropout", 1.0),
           ("dropout", -0.1), ("label_smoothing", 1.0), ("precision", "float16"),
@@ -72,8 +70,8 @@ REFUSED = {
     "part1_mlp_mnist": [("hidden", (64)), ("hidden", (64, 0)), ("hidden", (64, 1.5)),
                         ("hidden", [64]), ("batch_size", 1), ("augment", 3.1),
                         ("augment", -1), *IMAGES],
-    "part2_rnn_fashion": [("hidden_size", 0), ("num_layers", 65), ("encoder_size", -1),
-                          ("encoder_size", 1), ("rows_per_step", 3), ("readout", "mean"),
+    "part2_rnn_fashion": [("hidden_size", 0), ("num_layers", 65), ("encoder_size", 1),
+                          ("rows_per_step", 3), ("readout", "mean"),
                           ("bidirectional", 2), ("mirror", 0.5), *IMAGES],
     "part3_attention": [("d_model", 60), ("n_head", 0), ("n_head", 257),
                         ("n_kv_head", (3,)), ("n_kv_head", ()),
@@ -124,7 +122,7 @@ CHOICES = {
     },
     "part2_rnn_fashion": {
         "hidden_size": [1, 9], "num_layers": [1, 3], "bidirectional": [False, True],
-        "rows_per_step": [1, 4, 28], "encoder_size": [0, 2, 9], "readout": ["pool", "last"],
+        "rows_per_step": [1, 4, 28], "encoder_size": [2, 9], "readout": ["pool", "last"],
         "orthogonal": [False, True], "dropout": [0, 0.99], "epochs": [1, 2],
         "batch_size": [250, 1284], "lr": [1e-12, 1e-2], "weight_decay": [0, 0.5],
         "label_smoothing": [0, 0.99], "mirror": [False, True], "precision": ["float32", "bfloat16"],
@@ -165,10 +163,10 @@ def test_every_setting_that_passes_runs_to_its_end(part, case, monkeypatch, tmp_
 
 
 def test_run_and_study_write_every_figure_and_nothing_else(part, tmp_path, capsys):
-    study = {"n_kv_head": (2, 1)} if part.__name__ == "part3_attention" else {"epochs": 1}
+    study = {"n_kv_head": (2, 1), "study": True} if part.__name__ == "part3_attention" else {}
     theirs = {"text.usetex": True, "image.cmap": "magma", "axes.facecolor": "black"}
     with matplotlib.rc_context(theirs):  # somebody's own matplotlibrc changes nothing
-        results = part.main(small_config(part, images_dir=tmp_path, study=True, **study))
+        results = part.main(small_config(part, images_dir=tmp_path, **study))
     folder = tmp_path if part.__name__ == "part3_attention" else tmp_path / "offline"
     names = {f"{part.__name__[:5]}_{name}.png" for name in FIGURES[part.__name__].split()}
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == names
@@ -182,7 +180,7 @@ def test_run_and_study_write_every_figure_and_nothing_else(part, tmp_path, capsy
 
 
 def state(part, seed):
-    """The weights and results of a small run."""
+    """The weights of a small run."""
     found = {}
 
     def keep(model, *arguments, **options):
@@ -192,7 +190,7 @@ def state(part, seed):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "report", keep)
-        part.main(small_config(part, seed=seed, device="cpu", study=False))
+        part.main(small_config(part, seed=seed, device="cpu"))
     return {f"{n} {k}": v for n, weights in found.items() for k, v in weights.items()}
 
 
@@ -201,6 +199,24 @@ def test_same_seed_same_bits_other_seed_other_bits(part, tmp_path, monkeypatch):
     first, again, other = state(part, 1), state(part, 1), state(part, 2)
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_several_seeds_are_runs_of_their_own_and_only_the_first_is_drawn(
+    part, monkeypatch, tmp_path, capsys
+):
+    saved = []
+    monkeypatch.setattr(part, "save_figure", lambda figure, path: saved.append(path))
+    results = part.main(small_config(part, seed=4, seeds=3, images_dir=tmp_path))
+    assert len(saved) == len(set(saved)) >= 5
+    lines = capsys.readouterr().out.split("3 seeds from 4")[1].splitlines()
+    other = part.main(small_config(part, seed=5, images_dir=tmp_path), draw=False)
+    for name in results if part.__name__ == "part3_attention" else [None]:
+        first, second = (results[name], other[name]) if name else (results, other)
+        assert first["runs"][0]["f1"] == first["f1"] and first["runs"][1]["f1"] == second["f1"]
+        values = [100 * run["f1"] for run in first["runs"]]
+        told = f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}  ("
+        assert any("f1" in line and told in line for line in lines)
+    assert len(saved) == len(set(saved))  # draw=False drew nothing
 
 
 def nets(part, device):
