@@ -57,13 +57,14 @@ class Config:
     num_layers: int = 1  # recurrent layers, one on top of the other
     bidirectional: bool = False  # also read from the bottom row to the top row
     rows_per_step: Literal[1, 2, 4, 7, 14, 28] = 1  # rows read in a step; 28: no sequence at all
+    context: int = 0  # rows above and below these that a step sees as well
     encoder_size: int = 128  # numbers that each step's pixels are first encoded as
     readout: Literal["pool", "last"] = "pool"  # classify mean and max of the states, or the last
     orthogonal: bool = True  # start W_hh orthogonal: then W_hh h is as long as h
     dropout: float = 0.0  # share of what the classifier sees that is zeroed in training
-    epochs: int = 14  # passes over the training split
-    batch_size: int = 128  # images in one gradient step
-    lr: float = 3e-3  # peak learning rate: it rises to this, then falls to zero
+    epochs: int = 16  # passes over the training split
+    batch_size: int = 256  # images in one gradient step
+    lr: float = 4e-3  # peak learning rate: it rises to this, then falls to zero
     weight_decay: float = 0.01  # AdamW's pull of the weights towards zero
     label_smoothing: float = 0.05  # share of each target spread over all ten classes
     mirror: bool = True  # mirror images left to right at random in training
@@ -80,8 +81,8 @@ class Config:
         """Raise ValueError with field, value and what is allowed, before anything is done."""
         limits = {
             "hidden_size": (1, 16384), "num_layers": (1, 64), "encoder_size": (2, 16384),
-            "dropout": (0, 0.99), "epochs": (1, 100_000), "batch_size": (1, 55_000),
-            "lr": (1e-12, 1e30), "weight_decay": (0, 1e30), "label_smoothing": (0, 0.99),
+            "context": (0, 27), "dropout": (0, 0.99), "epochs": (1, 100_000), "lr": (1e-12, 1e30),
+            "batch_size": (1, 55_000), "weight_decay": (0, 1e30), "label_smoothing": (0, 0.99),
             "seed": (0, 2**32 - 1), "seeds": (1, 1000),
         }  # fmt: skip
         check_fields(self, limits)
@@ -148,8 +149,9 @@ class RowRNN(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.rows_per_step, self.readout = config.rows_per_step, config.readout
-        width, E, H = 28 * config.rows_per_step, config.encoder_size, config.hidden_size
+        self.rows_per_step, self.context = config.rows_per_step, config.context
+        self.readout, E, H = config.readout, config.encoder_size, config.hidden_size
+        width = 28 * (config.rows_per_step + 2 * config.context)  # pixels that a step sees
         self.encoder = nn.Sequential(nn.Linear(width, E), nn.LayerNorm(E), nn.ReLU())
         self.rnn = TanhRNN(E, H, config.num_layers, config.bidirectional)
         for name, parameter in self.rnn.named_parameters():
@@ -159,8 +161,10 @@ class RowRNN(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(features, 10))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.reshape(len(images), -1, 28 * self.rows_per_step)  # (B, T, 28 rows_per_step)
-        x = x.transpose(0, 1).contiguous()  # (T, B, 28 rows_per_step): time comes first
+        x = F.pad(images, (0, 0, self.context, self.context))  # nothing is above, nothing below
+        rows = self.rows_per_step + 2 * self.context  # that a step sees
+        x = x.unfold(1, rows, self.rows_per_step)  # (B, T, 28, rows)
+        x = x.permute(1, 0, 3, 2).flatten(2)  # (T, B, 28 rows): time comes first
         output, h_n = self.rnn(self.encoder(x))  # (T, B, D): the state after each step
         if self.readout == "pool":
             seen = torch.cat([output.mean(0), output.amax(0)], 1)  # (B, 2 D)

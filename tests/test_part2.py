@@ -69,6 +69,7 @@ def test_a_step_sees_earlier_rows_and_no_later_ones():
 @pytest.mark.parametrize("settings", [
     {}, {"rows_per_step": 4}, {"rows_per_step": 28}, {"encoder_size": 5}, {"readout": "last"},
     {"bidirectional": True, "num_layers": 2}, {"bidirectional": True, "readout": "last"},
+    {"context": 1, "rows_per_step": 2},
 ])  # fmt: skip
 def test_state_is_fresh_for_every_batch(settings):
     """Neither the order nor the company of images changes a prediction."""
@@ -93,6 +94,19 @@ def test_rows_are_read_in_order_and_none_is_lost():
     model(images)
     assert torch.equal(seen[0].transpose(0, 1).reshape(3, 28, 28), images)
     assert seen[0].shape == (7, 3, 112)
+
+
+def test_context_shows_the_rows_above_and_below():
+    """A step of two rows with one of context sees four; above the first row there is nothing."""
+    config = part2.Config(hidden_size=4, encoder_size=3, rows_per_step=2, context=1)
+    model, seen = part2.RowRNN(config), []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.randn(3, 28, 28)
+    model(images)
+    steps = seen[0].view(14, 3, 4, 28)
+    assert (steps[0, :, 0] == 0).all() and (steps[-1, :, -1] == 0).all()
+    for t in range(1, 13):
+        assert torch.equal(steps[t], images[:, 2 * t - 1 : 2 * t + 3])
 
 
 def test_orthogonal_start():

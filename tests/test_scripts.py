@@ -71,7 +71,7 @@ REFUSED = {
                         ("hidden", [64]), ("batch_size", 1), ("augment", 3.1),
                         ("augment", -1), *IMAGES],
     "part2_rnn_fashion": [("hidden_size", 0), ("num_layers", 65), ("encoder_size", 1),
-                          ("rows_per_step", 3), ("readout", "mean"),
+                          ("context", 28), ("rows_per_step", 3), ("readout", "mean"),
                           ("bidirectional", 2), ("mirror", 0.5), *IMAGES],
     "part3_attention": [("d_model", 60), ("n_head", 0), ("n_head", 257),
                         ("n_kv_head", (3,)), ("n_kv_head", ()),
@@ -122,9 +122,9 @@ CHOICES = {
     },
     "part2_rnn_fashion": {
         "hidden_size": [1, 9], "num_layers": [1, 3], "bidirectional": [False, True],
-        "rows_per_step": [1, 4, 28], "encoder_size": [2, 9], "readout": ["pool", "last"],
-        "orthogonal": [False, True], "dropout": [0, 0.99], "epochs": [1, 2],
-        "batch_size": [250, 1284], "lr": [1e-12, 1e-2], "weight_decay": [0, 0.5],
+        "rows_per_step": [1, 4, 28], "context": [0, 1, 27], "encoder_size": [2, 9],
+        "readout": ["pool", "last"], "orthogonal": [False, True], "dropout": [0, 0.99],
+        "epochs": [1, 2], "batch_size": [250, 1284], "lr": [1e-12, 1e-2], "weight_decay": [0, 0.5],
         "label_smoothing": [0, 0.99], "mirror": [False, True], "precision": ["float32", "bfloat16"],
     },
     "part3_attention": {
