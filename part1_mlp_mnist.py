@@ -7,9 +7,10 @@ from x or from the h of the layer below,
 
 and a last linear layer turns the final h into one score (logit) for each of the ten digits.
 
-    python part1_mlp_mnist.py            # train, score, draw
-    python part1_mlp_mnist.py --seeds 5  # five times: mean and standard deviation
-    python part1_mlp_mnist.py --help     # every setting below, as a flag
+    python part1_mlp_mnist.py                                  # train, score, draw
+    python part1_mlp_mnist.py --seeds 5                        # five times: mean +- deviation
+    python part1_mlp_mnist.py --save mlp.pt                    # keep the net, then read a photo:
+    python part1_mlp_mnist.py --load mlp.pt --predict 7.jpg    # --help lists every setting
 
 Expect 98.71 +- 0.04 % on the test set (seeds 0 to 4), 7 s of training on two AMD Zen 5 cores.
 The lesson ends with `main`; below it stand figures, saved nets, downloads and errors.
@@ -574,7 +575,8 @@ def predict_photos(model: MLP, saved: dict, config: Config) -> dict:
     pictures = torch.stack([prepare_photo(path) for path in config.predict])  # (N, 28, 28)
     probabilities = predict(model, (pictures - saved["mean"]) / saved["std"]).softmax(1)  # (N, 10)
     n, names = min(8, len(pictures)), saved["class_names"]
-    figure, grid = new_figure(f"Predicted by {config.load}", (10, 3 * n), n, 3, squeeze=False)
+    title = f"read by {config.load}, trained on {saved['dataset']}"
+    figure, grid = new_figure(title, (10, 3 * n), n, 3, squeeze=False)
     for i, (path, row) in enumerate(zip(config.predict, probabilities, strict=True)):
         likely = ", ".join(f"{names[k]} {row[k]:.1%}" for k in row.topk(3).indices)
         print(f"{path}: {names[row.argmax()]} ({likely})")
@@ -585,7 +587,8 @@ def predict_photos(model: MLP, saved: dict, config: Config) -> dict:
             grid[i, 1].set_title("what the net sees")
             grid[i, 2].bar(names, row.numpy())
             grid[i, 2].set(ylim=(0, 1), xlabel="digit", ylabel="probability", title=likely)
-    save_figure(figure, config.images_dir / "part1_prediction.png")
+    folder = config.images_dir / ("" if saved["dataset"] == DATASET.__name__ else "offline")
+    save_figure(figure, folder / "part1_prediction.png")
     return {"predictions": probabilities.argmax(1).tolist(), "probabilities": probabilities.numpy()}
 
 

@@ -281,3 +281,22 @@ def test_quality_gate(tmp_path):
     """MHA answers at least 99 % with one seed; it needs no data (all variants: on the page)."""
     config = part3.Config(n_kv_head=(16,), kv_latent=(), images_dir=tmp_path, device="cpu")
     assert part3.main(config)["MHA"]["accuracy"] > 0.99
+
+
+def test_the_largest_weight_with_and_without_sqrt_d():
+    """The page's numbers: 8 tokens, d = 64, q and k of variance 1, or from PyTorch's own start."""
+    torch.manual_seed(0)
+    linear = [torch.nn.Linear(64, 64) for _ in range(40)]
+    x = torch.randn(100, 8, 64)
+    with torch.no_grad():
+        started = torch.cat([x @ layer.weight.T + layer.bias for layer in linear]).view(
+            2, -1, 8, 64
+        )
+    for (q, k), divided, undivided in (
+        (torch.randn(2, 2000, 8, 64), 0.36, 0.87),
+        (started, 0.19, 0.65),
+    ):
+        _, weights = part3.attention(q[:, None], k[:, None], k[:, None])
+        assert abs(weights.amax(-1).mean() - divided) < 0.02
+        _, weights = part3.attention(8 * q[:, None], k[:, None], k[:, None])
+        assert abs(weights.amax(-1).mean() - undivided) < 0.02

@@ -22,6 +22,14 @@ def code_blocks(text):
     return re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
 
 
+def code(text):
+    """The lines of code in the code blocks, without their comments: those are translated."""
+    lines = [
+        line.split("  #")[0].strip() for block in code_blocks(text) for line in block.splitlines()
+    ]
+    return [line for line in lines if re.match(r"[\w, ]+ = |(optimizer|loss)\.\w+\(|return ", line)]
+
+
 def commands(text):
     """The flags of every command that starts one of the scripts, with the script's name."""
     found = re.findall(r"python (part\w+)\.py([^\n`&]*)", text)
@@ -72,14 +80,15 @@ def test_every_command_parses(page):
 @each_page
 def test_code_on_the_page_stands_in_the_scripts(page):
     scripts = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("part*.py"))
-    lines = [
-        line.split("  #")[0].strip()
-        for block in code_blocks(PAGES[page])
-        for line in block.splitlines()
-    ]
-    code = [line for line in lines if re.match(r"[\w, ]+ = |(optimizer|loss)\.\w+\(", line)]
-    assert len(code) >= 15
-    assert [line for line in code if line not in scripts] == []
+    lines = code(PAGES[page])
+    assert len(lines) >= 15
+    assert [line for line in lines if line not in scripts] == []
+
+
+def test_chinese_has_no_space_before_percent_and_no_line_break_within_a_sentence():
+    text = PAGES["README.zh-CN.md"]
+    assert re.findall(r"\d %", text) == []
+    assert re.findall(r"[\u4e00-\u9fff]\n[\u4e00-\u9fff]", text) == []
 
 
 @each_page
@@ -94,6 +103,7 @@ def test_the_lengths_that_it_tells_are_true(page):
 def test_both_pages_show_the_same_pictures_commands_and_numbers():
     english, chinese = PAGES.values()
     assert pictures(english) == pictures(chinese)
-    assert code_blocks(english) == code_blocks(chinese)
+    assert code(english) == code(chinese)
+    assert len(code_blocks(english)) == len(code_blocks(chinese))
     assert commands(english) == commands(chinese)
     assert numbers(english) == numbers(chinese)
