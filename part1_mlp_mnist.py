@@ -265,8 +265,6 @@ def report(
     model: MLP, data: Data, config: Config, history: list[Training], note: str, draw: bool
 ) -> dict:
     """Score the net on the test set, save it and its figures where wanted, print the table."""
-    if config.save:
-        save_net(model, data, config, history)
     probabilities = predict(model, data.test_images).softmax(1)  # the one look at the test set
     results = score(data.test_labels, probabilities.argmax(1), data.class_names)
     results |= {"dataset": data.name, "epochs_run": len(history), "train_seconds": 0.0}
@@ -284,6 +282,8 @@ def report(
         figures["first_layer"] = first_layer_figure(model, title)
         for name, figure in figures.items():
             save_figure(figure, config.images_dir / f"part1_{name}.png")
+    if config.save:
+        save_net(model, data, config, history, note)
     print(f"\n{data.name}, test set{note}\n{results['report']}")
     return results
 
@@ -298,7 +298,7 @@ def main(config: Config, draw: bool = True) -> dict:
     """
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    check_writable(config.images_dir / "part1.png")  # told now, not after training
+    check_writable(config.images_dir / "part1.png" if draw else None)  # before training
     check_writable(config.save)
     model = MLP(config.hidden, config.dropout)
     saved = load_net(model, config)  # {} without --load
@@ -316,13 +316,13 @@ def main(config: Config, draw: bool = True) -> dict:
     try:
         if not config.load:
             train(model.to(device), data, config, history)
-        results = report(model.to(device), data, config, history, "", draw)
+        results = report(model.to(device), data, config, history, saved.get("note", ""), draw)
     except KeyboardInterrupt:
         if history:
             model.load_state_dict(history[best(history)].weights)
             note = f", interrupted after epoch {len(history)}"
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"{data.name}{note}: the best so far is scored and drawn", file=sys.stderr)
+                print(f"{data.name}{note}: the best so far is scored", file=sys.stderr)
             report(model, data, config, history, note, draw)
         raise
     if config.seeds > 1:
@@ -474,24 +474,33 @@ def loss_vs_weight_figure(model: MLP, data: Data, title: str) -> Figure:
 def repeat(config: Config, first: dict) -> list[dict]:
     """Run `main` with the next seeds too; print the scores of each, their mean and deviation."""
     runs = [first]
-    for seed in range(config.seed + 1, config.seed + config.seeds):
-        runs.append(main(replace(config, seed=seed % 2**32, seeds=1, save=None), draw=False))
-    print(f"\n{first['dataset']}, {config.seeds} seeds from {config.seed}: mean +- std (each)")
-    for name in ("val_accuracy", "accuracy", "f1", "train_seconds"):
-        values = [run[name] if name == "train_seconds" else 100 * run[name] for run in runs]
-        each = ", ".join(f"{value:.2f}" for value in values)
-        print(f"{name:13}  {np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}  ({each})")
+    try:
+        for seed in range(config.seed + 1, config.seed + config.seeds):
+            runs.append(main(replace(config, seed=seed % 2**32, seeds=1, save=None), draw=False))
+            if runs[-1]["dataset"] != first["dataset"]:
+                raise UserError(f"seed {seed} had {runs.pop()['dataset']}, not {first['dataset']}")
+    finally:  # what is finished is told even if a later run is not
+        print(f"\n{first['dataset']}, {len(runs)} seeds from {config.seed}: mean +- std (each)")
+        for name in ("val_accuracy", "accuracy", "f1", "train_seconds"):
+            values = [run[name] if name == "train_seconds" else 100 * run[name] for run in runs]
+            each, std = ", ".join(f"{v:.2f}" for v in values), np.std(values, ddof=len(runs) > 1)
+            print(f"{name:13}  {np.mean(values):.2f} +- {std:.2f}  ({each})")
     return runs
 
 
-def save_net(model: nn.Module, data: Data, config: Config, history: list[Training]) -> None:
+def save_net(
+    model: nn.Module, data: Data, config: Config, history: list[Training], note: str
+) -> None:
     """Write the weights to `config.save`, with all that is needed to use them again."""
-    saved = {"net": f"{type(model).__name__}, {config}", "weights": model.state_dict()}
+    saved = {"net": {name: getattr(config, name) for name in NET}, "weights": model.state_dict()}
     saved |= {"seed": config.seed, "dataset": data.name, "class_names": data.class_names}
-    saved |= {"mean": data.mean, "std": data.std}
+    saved |= {"mean": data.mean, "std": data.std, "note": note}
     saved["val_accuracy"] = history[best(history)].val_accuracy
     torch.save(saved, content := io.BytesIO())
-    write_whole(config.save, content.getvalue())
+    stand_in = "" if data.name == DATASET.__name__ else "offline-"  # never replaces a real net
+    path = config.save.with_name(stand_in + config.save.name)
+    write_whole(path, content.getvalue())
+    print(f"the trained net is in {path}")
 
 
 def load_net(model: nn.Module, config: Config) -> dict:
@@ -501,32 +510,39 @@ def load_net(model: nn.Module, config: Config) -> dict:
     """
     if config.load is None:
         return {}
+    wanted = {name: getattr(config, name) for name in NET}
     try:
         if zipfile.ZipFile(config.load).testzip():  # torch.load does not look at the checksums
             raise ValueError("its checksum is wrong")
-        saved = torch.load(config.load, map_location="cpu", weights_only=True)
-        weights, net = dict(saved)["weights"], saved["net"]
+        saved = dict(torch.load(config.load, map_location="cpu", weights_only=True))
+        keys = ("seed", "dataset", "class_names", "mean", "std", "note")
+        found = {key: saved[key] for key in keys}
+        if saved["net"] == wanted:
+            model.load_state_dict(saved["weights"])
     except Exception as error:  # there is no end to what a strange file can cause
         raise UserError(f"{config.load} is no net that was saved here: {error!s:.150}") from None
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:  # names or shapes differ
-        raise UserError(f"{config.load} is another net than the settings say: {net}") from None
-    return saved
+    if saved["net"] != wanted:
+        raise UserError(f"{config.load} is a net of {saved['net']}, the settings say {wanted}")
+    return found
 
 
 def open_photo(path: Path) -> Image.Image:
-    """The picture in a file: grey, upright, at most 112 pixels wide and high, on white paper."""
+    """The picture in a file: grey, upright, at most 112 x 112 pixels, nothing transparent."""
     try:
         with Image.open(path) as file:
             photo = ImageOps.exif_transpose(file)
-            if photo.mode.startswith("I"):  # 16 bits
-                photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
+            if photo.mode[0] in "IF":  # 16 or 32 bits: darkest to lightest becomes 0 to 255
+                pixels = np.asarray(photo, dtype=float)
+                pixels = (pixels - pixels.min()) / max(np.ptp(pixels), 1e-9)
+                photo = Image.fromarray((255 * pixels).astype(np.uint8))
             photo = photo.convert("RGBA")
             photo.thumbnail((112, 112))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # there is no end to what a damaged picture can cause
         raise UserError(f"cannot read {path} as a picture: {error!s:.150}") from None
-    return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("L")
+    rgba = np.asarray(photo, dtype=float)
+    dark = (rgba[:, :, :3].mean(2) * rgba[:, :, 3]).sum() < 128 * rgba[:, :, 3].sum()
+    behind = Image.new("RGBA", photo.size, "white" if dark else "black")
+    return Image.alpha_composite(behind, photo).convert("L")
 
 
 def prepare_photo(path: Path) -> Tensor:
@@ -541,8 +557,8 @@ def prepare_photo(path: Path) -> Tensor:
     y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
     terms = np.stack([x**0, x, y, x * x, x * y, y * y], 2)
     paper = np.maximum(abs(x), abs(y)) > 0.8
-    for _ in range(10):
-        ink = grey - terms @ np.linalg.lstsq(terms[paper], grey[paper])[0]
+    for _ in range(3):
+        ink = grey - terms @ np.linalg.lstsq(terms[paper], grey[paper], rcond=None)[0]
         paper = abs(ink) <= max(1, 0.3 * abs(ink).max())
     ink = (ink if ink.max() > -ink.min() else -ink).clip(0)
     noise, top, z = ink[paper].std(), ink.max(), ink - ink.mean()
@@ -575,14 +591,14 @@ def predict_photos(model: MLP, saved: dict, config: Config) -> dict:
     pictures = torch.stack([prepare_photo(path) for path in config.predict])  # (N, 28, 28)
     probabilities = predict(model, (pictures - saved["mean"]) / saved["std"]).softmax(1)  # (N, 10)
     n, names = min(8, len(pictures)), saved["class_names"]
-    title = f"read by {config.load}, trained on {saved['dataset']}"
+    title = f"read by a net trained on {saved['dataset']}{saved['note']}"
     figure, grid = new_figure(title, (10, 3 * n), n, 3, squeeze=False)
     for i, (path, row) in enumerate(zip(config.predict, probabilities, strict=True)):
         likely = ", ".join(f"{names[k]} {row[k]:.1%}" for k in row.topk(3).indices)
         print(f"{path}: {names[row.argmax()]} ({likely})")
         if i < n:  # more would not be readable
             grid[i, 0].imshow(open_photo(path), cmap="gray", vmin=0, vmax=255)
-            grid[i, 0].set_title(path.name)
+            grid[i, 0].set_title(f"photo {i + 1}")
             grid[i, 1].imshow(pictures[i].numpy(), cmap="gray")
             grid[i, 1].set_title("what the net sees")
             grid[i, 2].bar(names, row.numpy())
@@ -592,6 +608,7 @@ def predict_photos(model: MLP, saved: dict, config: Config) -> dict:
     return {"predictions": probabilities.argmax(1).tolist(), "probabilities": probabilities.numpy()}
 
 
+NET = ["hidden"]  # settings that a saved net must share
 DATASET = MNIST
 CLASS_NAMES = list("0123456789")
 MIRRORS = [
@@ -712,11 +729,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def check_writable(path: Path | None) -> None:
     """Raise UserError if a file could not be written at `path`."""
-    if path and path.is_dir():
+    if path and os.path.isdir(path):
         raise UserError(f"{path} is a folder: name a file in it")
     if path:
-        write_whole(path.with_name(".try"), b"")
-        path.with_name(".try").unlink(missing_ok=True)
+        write_whole(attempt := path.with_name(f"{path.name}.try"), b"")
+        attempt.unlink()
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -151,8 +151,8 @@ class RowRNN(nn.Module):
         super().__init__()
         self.rows_per_step, self.context = config.rows_per_step, config.context
         self.readout, E, H = config.readout, config.encoder_size, config.hidden_size
-        width = 28 * (config.rows_per_step + 2 * config.context)  # pixels that a step sees
-        self.encoder = nn.Sequential(nn.Linear(width, E), nn.LayerNorm(E), nn.ReLU())
+        self.rows = config.rows_per_step + 2 * config.context  # that a step sees
+        self.encoder = nn.Sequential(nn.Linear(28 * self.rows, E), nn.LayerNorm(E), nn.ReLU())
         self.rnn = TanhRNN(E, H, config.num_layers, config.bidirectional)
         for name, parameter in self.rnn.named_parameters():
             if config.orthogonal and name.startswith("weight_hh"):
@@ -161,9 +161,8 @@ class RowRNN(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(features, 10))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.pad(images, (0, 0, self.context, self.context))  # nothing is above, nothing below
-        rows = self.rows_per_step + 2 * self.context  # that a step sees
-        x = x.unfold(1, rows, self.rows_per_step)  # (B, T, 28, rows)
+        x = F.pad(images, (0, 0, self.context, self.context))  # zero is the mean
+        x = x.unfold(1, self.rows, self.rows_per_step)  # (B, T, 28, rows)
         x = x.permute(1, 0, 3, 2).flatten(2)  # (T, B, 28 rows): time comes first
         output, h_n = self.rnn(self.encoder(x))  # (T, B, D): the state after each step
         if self.readout == "pool":
@@ -326,8 +325,6 @@ def report(
     model: RowRNN, data: Data, config: Config, history: list[Training], note: str, draw: bool
 ) -> dict:
     """Score the net on the test set, save it and its figures where wanted, print the table."""
-    if config.save:
-        save_net(model, data, config, history)
     probabilities = predict(model, data.test_images).softmax(1)  # the one look at the test set
     results = score(data.test_labels, probabilities.argmax(1), data.class_names)
     results |= {"dataset": data.name, "epochs_run": len(history), "train_seconds": 0.0}
@@ -345,6 +342,8 @@ def report(
         figures["gradient_by_step"] = gradient_figure(model, data, config, title)
         for name, figure in figures.items():
             save_figure(figure, config.images_dir / f"part2_{name}.png")
+    if config.save:
+        save_net(model, data, config, history, note)
     print(f"\n{data.name}, test set{note}\n{results['report']}")
     return results
 
@@ -359,7 +358,7 @@ def main(config: Config, draw: bool = True) -> dict:
     """
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    check_writable(config.images_dir / "part2.png")  # told now, not after training
+    check_writable(config.images_dir / "part2.png" if draw else None)  # before training
     check_writable(config.save)
     model = RowRNN(config)
     saved = load_net(model, config)  # {} without --load
@@ -375,13 +374,13 @@ def main(config: Config, draw: bool = True) -> dict:
     try:
         if not config.load:
             train(model.to(device), data, config, history)
-        results = report(model.to(device), data, config, history, "", draw)
+        results = report(model.to(device), data, config, history, saved.get("note", ""), draw)
     except KeyboardInterrupt:
         if history:
             model.load_state_dict(history[best(history)].weights)
             note = f", interrupted after epoch {len(history)}"
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"{data.name}{note}: the best so far is scored and drawn", file=sys.stderr)
+                print(f"{data.name}{note}: the best so far is scored", file=sys.stderr)
             report(model, data, config, history, note, draw)
         raise
     if config.seeds > 1:
@@ -474,7 +473,7 @@ def belief_figure(model: RowRNN, data: Data, title: str) -> Figure:
 
 
 def gradient_by_step(model: RowRNN, data: Data) -> np.ndarray:
-    """(T,) mean over 500 validation images of |dL/dx_t|, x_t the pixels read in step t."""
+    """(T,) mean over 500 validation images of |dL/dx_t|, x_t the pixels of step t's own rows."""
     images = data.val_images[:500].clone().requires_grad_()
     loss = F.cross_entropy(model.eval()(images), data.val_labels[:500], reduction="sum")
     (gradient,) = torch.autograd.grad(loss, images)  # (500, 28, 28)
@@ -486,8 +485,8 @@ def gradient_figure(model: RowRNN, data: Data, config: Config, title: str) -> Fi
     """`gradient_by_step` of the net, and of untrained ones that read out the last state alone."""
     title += "\nhow much the pixels of each step move the loss"
     figure, axes = new_figure(title, (10, 4.4))
-    last, nets = replace(config, readout="last"), {"this net, trained": model}
-    nets["this net, untrained"] = RowRNN(config)
+    last, nets = replace(config, readout="last"), {"the trained net": model}
+    nets["its like, untrained"] = RowRNN(config)
     nets["untrained, last state read, W_hh orthogonal"] = RowRNN(replace(last, orthogonal=True))
     nets["untrained, last state read, W_hh random"] = RowRNN(replace(last, orthogonal=False))
     for name, net in nets.items():
@@ -502,24 +501,33 @@ def gradient_figure(model: RowRNN, data: Data, config: Config, title: str) -> Fi
 def repeat(config: Config, first: dict) -> list[dict]:
     """Run `main` with the next seeds too; print the scores of each, their mean and deviation."""
     runs = [first]
-    for seed in range(config.seed + 1, config.seed + config.seeds):
-        runs.append(main(replace(config, seed=seed % 2**32, seeds=1, save=None), draw=False))
-    print(f"\n{first['dataset']}, {config.seeds} seeds from {config.seed}: mean +- std (each)")
-    for name in ("val_accuracy", "accuracy", "f1", "train_seconds"):
-        values = [run[name] if name == "train_seconds" else 100 * run[name] for run in runs]
-        each = ", ".join(f"{value:.2f}" for value in values)
-        print(f"{name:13}  {np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}  ({each})")
+    try:
+        for seed in range(config.seed + 1, config.seed + config.seeds):
+            runs.append(main(replace(config, seed=seed % 2**32, seeds=1, save=None), draw=False))
+            if runs[-1]["dataset"] != first["dataset"]:
+                raise UserError(f"seed {seed} had {runs.pop()['dataset']}, not {first['dataset']}")
+    finally:  # what is finished is told even if a later run is not
+        print(f"\n{first['dataset']}, {len(runs)} seeds from {config.seed}: mean +- std (each)")
+        for name in ("val_accuracy", "accuracy", "f1", "train_seconds"):
+            values = [run[name] if name == "train_seconds" else 100 * run[name] for run in runs]
+            each, std = ", ".join(f"{v:.2f}" for v in values), np.std(values, ddof=len(runs) > 1)
+            print(f"{name:13}  {np.mean(values):.2f} +- {std:.2f}  ({each})")
     return runs
 
 
-def save_net(model: nn.Module, data: Data, config: Config, history: list[Training]) -> None:
+def save_net(
+    model: nn.Module, data: Data, config: Config, history: list[Training], note: str
+) -> None:
     """Write the weights to `config.save`, with all that is needed to use them again."""
-    saved = {"net": f"{type(model).__name__}, {config}", "weights": model.state_dict()}
+    saved = {"net": {name: getattr(config, name) for name in NET}, "weights": model.state_dict()}
     saved |= {"seed": config.seed, "dataset": data.name, "class_names": data.class_names}
-    saved |= {"mean": data.mean, "std": data.std}
+    saved |= {"mean": data.mean, "std": data.std, "note": note}
     saved["val_accuracy"] = history[best(history)].val_accuracy
     torch.save(saved, content := io.BytesIO())
-    write_whole(config.save, content.getvalue())
+    stand_in = "" if data.name == DATASET.__name__ else "offline-"  # never replaces a real net
+    path = config.save.with_name(stand_in + config.save.name)
+    write_whole(path, content.getvalue())
+    print(f"the trained net is in {path}")
 
 
 def load_net(model: nn.Module, config: Config) -> dict:
@@ -529,20 +537,24 @@ def load_net(model: nn.Module, config: Config) -> dict:
     """
     if config.load is None:
         return {}
+    wanted = {name: getattr(config, name) for name in NET}
     try:
         if zipfile.ZipFile(config.load).testzip():  # torch.load does not look at the checksums
             raise ValueError("its checksum is wrong")
-        saved = torch.load(config.load, map_location="cpu", weights_only=True)
-        weights, net = dict(saved)["weights"], saved["net"]
+        saved = dict(torch.load(config.load, map_location="cpu", weights_only=True))
+        keys = ("seed", "dataset", "class_names", "mean", "std", "note")
+        found = {key: saved[key] for key in keys}
+        if saved["net"] == wanted:
+            model.load_state_dict(saved["weights"])
     except Exception as error:  # there is no end to what a strange file can cause
         raise UserError(f"{config.load} is no net that was saved here: {error!s:.150}") from None
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:  # names or shapes differ
-        raise UserError(f"{config.load} is another net than the settings say: {net}") from None
-    return saved
+    if saved["net"] != wanted:
+        raise UserError(f"{config.load} is a net of {saved['net']}, the settings say {wanted}")
+    return found
 
 
+NET = ["hidden_size", "num_layers", "bidirectional", "rows_per_step", "context"]
+NET += ["encoder_size", "readout"]  # settings that a saved net must share
 DATASET = FashionMNIST
 CLASS_NAMES = FashionMNIST.classes
 MIRRORS = [
@@ -663,11 +675,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def check_writable(path: Path | None) -> None:
     """Raise UserError if a file could not be written at `path`."""
-    if path and path.is_dir():
+    if path and os.path.isdir(path):
         raise UserError(f"{path} is a folder: name a file in it")
     if path:
-        write_whole(path.with_name(".try"), b"")
-        path.with_name(".try").unlink(missing_ok=True)
+        write_whole(attempt := path.with_name(f"{path.name}.try"), b"")
+        attempt.unlink()
 
 
 def save_figure(figure: Figure, path: Path) -> None:

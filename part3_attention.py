@@ -9,7 +9,6 @@ or makes its own from a few cached numbers (MLA). What does each way save, and w
     python part3_attention.py            # train, score and time every variant, draw
     python part3_attention.py --seeds 5  # five times: mean and standard deviation
     python part3_attention.py --study    # then many cache sizes, and from MHA to GQA by pooling
-    python part3_attention.py --help     # every setting below, as a flag
 
 Expect, over seeds 0 to 4, 100 % for MHA, 99 for MLA-32, 60 for GQA-4, 44 for MQA; 5 to 9 s each.
 The lesson ends with `main`; below it stand figures, the study, devices and errors.
@@ -403,7 +402,7 @@ def main(config: Config, draw: bool = True) -> dict[str, dict]:
     After Ctrl-C what has been trained is scored and drawn, then KeyboardInterrupt is raised again.
     """
     device = pick_device(config.device)
-    check_writable(config.images_dir / "part3.png")  # told now, not after training
+    check_writable(config.images_dir / "part3.png" if draw else None)  # before training
     test, validation, stream = draw_splits(config, device)
     names = [{1: "MQA", config.n_head: "MHA"}.get(n, f"GQA-{n}") for n in config.n_kv_head]
     names += [f"MLA-{numbers}" for numbers in config.kv_latent]
@@ -412,8 +411,9 @@ def main(config: Config, draw: bool = True) -> dict[str, dict]:
     try:
         for name in names:
             nets[name], histories[name] = new_net(name, config, device), []
-            numbers = cached_numbers(nets[name].attention)
-            print(f"\n{name}: {numbers} numbers cached for a token; device {device}")
+            print(
+                f"\n{name}: {cached_numbers(nets[name].attention)} numbers cached; device {device}"
+            )
             train(nets[name], config, validation, stream.clone_state(), histories[name])
         results = report(nets, histories, test, config, "", draw)
     except (KeyboardInterrupt, UserError):
@@ -422,7 +422,7 @@ def main(config: Config, draw: bool = True) -> dict[str, dict]:
             last, history = [(name, histories[name]) for name in nets][-1]
             note = f", interrupted after step {history[-1].step} of {last}"
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print("interrupted: what has been trained is scored and drawn", file=sys.stderr)
+                print("interrupted: what has been trained is scored", file=sys.stderr)
             report(nets, histories, test, config, note, draw)
         raise
     if config.seeds > 1:
@@ -552,15 +552,16 @@ def report(
     title += ", ".join(f"{name} {row['accuracy']:.2%}" for name, row in results.items())
     first, worst = next(iter(results)), min(results, key=lambda name: results[name]["accuracy"])
     matrices = {name: results[name]["confusion_matrix"] for name in (first, worst)}
-    figures = draw and {
-        "attention_heatmaps": heatmap_figure(weights, test, title),
-        "training_curves": curves_figure(histories, title),
-        "confusion_matrix": confusion_figure(matrices, DIGITS, title),
-        "decode": decode_figure(times, test.digit.device),
-        "qkv": qkv_figure(first, nets[first], test),
-    }
-    for name in figures or ():
-        save_figure(figures[name], config.images_dir / f"part3_{name}.png")
+    if draw:
+        figures = {
+            "attention_heatmaps": heatmap_figure(weights, test, title),
+            "training_curves": curves_figure(histories, title),
+            "confusion_matrix": confusion_figure(matrices, DIGITS, title),
+            "decode": decode_figure(times, test.digit.device),
+            "qkv": qkv_figure(first, nets[first], test),
+        }
+        for name, figure in figures.items():
+            save_figure(figure, config.images_dir / f"part3_{name}.png")
 
     for name, row in results.items():
         print(f"\n{name}, test sequences{note}\n{row['report']}")
@@ -685,14 +686,19 @@ def qkv_figure(name: str, net: LookupNet, data: Sequences) -> Figure:
 def repeat_variants(config: Config, first: dict[str, dict]) -> None:
     """Run `main` with the next seeds too; print each variant's scores, mean and deviation."""
     runs = [first]
-    for seed in range(config.seed + 1, config.seed + config.seeds):
-        setting = replace(config, seed=seed % 2**32, seeds=1, study=False)
-        runs.append(main(setting, draw=False))
-    print(f"\ntest sequences, {config.seeds} seeds from {config.seed}: mean +- std (each)")
-    for name, key in ((name, key) for name in first for key in ("accuracy", "f1", "steps_to_99")):
-        values = [run[name][key] * (1 if key == "steps_to_99" else 100) for run in runs]
-        each = ", ".join(f"{value:.6g}" for value in np.round(values, 2))
-        print(f"{name:7} {key:11}  {np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}  ({each})")
+    try:
+        for seed in range(config.seed + 1, config.seed + config.seeds):
+            setting = replace(config, seed=seed % 2**32, seeds=1, study=False)
+            runs.append(main(setting, draw=False))
+    finally:  # what is finished is told even if a later run is not
+        print(f"\ntest sequences, {len(runs)} seeds from {config.seed}: mean +- std (each)")
+        for name, key in ((n, k) for n in first for k in ("accuracy", "f1", "steps_to_99")):
+            values = [run[name][key] * (1 if key == "steps_to_99" else 100) for run in runs]
+            each, std = (
+                ", ".join(f"{round(v, 2):g}" for v in values),
+                np.std(values, ddof=len(runs) > 1),
+            )
+            print(f"{name:7} {key:11}  {np.mean(values):.2f} +- {std:.2f}  ({each})")
     for name, row in first.items():
         row["runs"] = [run[name] for run in runs]
 
@@ -809,11 +815,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def check_writable(path: Path | None) -> None:
     """Raise UserError if a file could not be written at `path`."""
-    if path and path.is_dir():
+    if path and os.path.isdir(path):
         raise UserError(f"{path} is a folder: name a file in it")
     if path:
-        write_whole(path.with_name(".try"), b"")
-        path.with_name(".try").unlink(missing_ok=True)
+        write_whole(attempt := path.with_name(f"{path.name}.try"), b"")
+        attempt.unlink()
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -348,7 +348,7 @@ def stop(script, cwd, word, sign=signal.SIGINT, flags=LONG):
     running.wait_for(word)
     running.send(sign)
     running.process.join(3)
-    while running.process.is_alive() and "scored and drawn" not in running.err.read_text():
+    while running.process.is_alive() and "is scored" not in running.err.read_text():
         running.send(sign)  # Python ignores a signal that meets a weakref's callback
         running.process.join(3)
     return running.end()
@@ -382,7 +382,7 @@ def test_ctrl_c_before_there_is_anything_to_score(script, tmp_path):
 def test_ctrl_c_and_sigterm_score_and_draw_the_best_so_far(script, sign, tmp_path):
     status, out, err = stop(script, tmp_path, second_row(script), sign)
     assert status == 130, err
-    assert "scored and drawn" in err
+    assert "is scored" in err
     assert_one_line(err, "stopped")
     assert "macro avg" in out and "interrupted after" in out
     assert assert_whole(tmp_path / "images") >= 5
@@ -416,7 +416,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     running = Forked(SHARED, tmp_path, *LONG[SHARED])
     running.wait_for(second_row(SHARED))
     running.send(signal.SIGINT)
-    running.wait_until(lambda: "scored and drawn" in running.err.read_text())
+    running.wait_until(lambda: "is scored" in running.err.read_text())
     running.send(signal.SIGINT)
     status, out, err = running.end(seconds=10)
     assert status == 130 and "macro avg" not in out, err

@@ -30,12 +30,16 @@ def images_part(request, monkeypatch, tmp_path):
 
 
 def test_a_loaded_net_scores_as_it_did_and_draws_all_but_the_curves(images_part, tmp_path):
-    file = tmp_path / "nets" / "net.pt"
-    first = images_part.main(small_config(images_part, save=file, seed=3))
+    folder, splits = tmp_path / "nets", []
+    first = images_part.main(small_config(images_part, save=folder / "net.pt", seed=3))
     drawn = {path.name for path in (tmp_path / "images/offline").iterdir()}
-    assert [path.name for path in file.parent.iterdir()] == ["net.pt"]
-    config = small_config(images_part, load=file, images_dir=tmp_path / "again")  # seed 0
-    again = images_part.main(config)
+    assert [path.name for path in folder.iterdir()] == ["offline-net.pt"]  # no real net's name
+    load_data, file = images_part.load_data, folder / "offline-net.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images_part, "load_data", lambda *a: splits.append(a[1]) or load_data(*a))
+        config = small_config(images_part, load=file, images_dir=tmp_path / "again")  # seed 0
+        again = images_part.main(config)
+    assert splits == [3]  # or images that it was trained on would validate it
     for key in ("dataset", "accuracy", "precision", "recall", "f1", "parameters"):
         assert again[key] == first[key]
     assert (again["confusion_matrix"] == first["confusion_matrix"]).all()
@@ -48,6 +52,22 @@ def test_a_loaded_net_scores_as_it_did_and_draws_all_but_the_curves(images_part,
     assert (saved["mean"], saved["std"]) == (data.mean, data.std)
     assert saved["val_accuracy"] == first["val_accuracy"] and saved["seed"] == 3
     assert saved["class_names"] == data.class_names and saved["dataset"] == data.name
+    assert saved["note"] == ""
+
+
+def test_an_interrupted_net_stays_marked(images_part, monkeypatch, tmp_path, capsys):
+    train = images_part.train
+
+    def interrupted(*arguments):
+        train(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(images_part, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        images_part.main(small_config(images_part, save=tmp_path / "net.pt"), draw=False)
+    capsys.readouterr()
+    images_part.main(small_config(images_part, load=tmp_path / "offline-net.pt"), draw=False)
+    assert "test set, interrupted after epoch 2" in capsys.readouterr().out
 
 
 class Trap:
@@ -58,34 +78,37 @@ class Trap:
 
 
 def test_a_file_that_will_not_do_is_refused_and_nothing_is_drawn(images_part, tmp_path):
-    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
-    images_part.main(small_config(images_part, save=good))
+    good, bad = tmp_path / "offline-good.pt", tmp_path / "bad.pt"
+    images_part.main(small_config(images_part, save=tmp_path / "good.pt"), draw=False)
     content = good.read_bytes()
     name = next(name for name in WITH_DATA if name != images_part.__name__)
     other = importlib.import_module(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(other, "MIRRORS", [])
-        other.main(small_config(other, save=tmp_path / "other.pt"))
+        other.main(small_config(other, save=tmp_path / "other.pt"), draw=False)
     middle = content.find(torch.load(good)["weights"].popitem()[1].numpy().tobytes())
     contents = {
         "is no net that was saved here": [
             b"", b"text", content[:-100], content[:500],
             content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],  # one bit
         ],
-        "is another net than the settings say": [(tmp_path / "other.pt").read_bytes()],
+        "is a net of": [(tmp_path / "offline-other.pt").read_bytes()],
     }  # fmt: skip
     torch.save({"weights": Trap(), "net": ""}, bad)
     contents["is no net that was saved here"].append(bad.read_bytes())
-    torch.save(torch.zeros(3), bad)
-    contents["is no net that was saved here"].append(bad.read_bytes())
+    whole = torch.load(good)
+    for strange in (torch.zeros(3), whole | {"weights": []}, whole | {"weights": {}}, {"net": 1}):
+        torch.save(strange, bad)
+        contents["is no net that was saved here"].append(bad.read_bytes())
     for told, cases in contents.items():
         for case in cases:
             bad.write_bytes(case)
             with pytest.raises(images_part.UserError, match=f"bad.pt {told}"):
                 images_part.main(small_config(images_part, load=bad, images_dir=tmp_path / "no"))
-    width = {"hidden": (9,)} if images_part is part1 else {"hidden_size": 9}
-    with pytest.raises(images_part.UserError, match=r"good.pt is another net .*(MLP|RowRNN)"):
-        images_part.main(small_config(images_part, load=good, **width))
+    settings = [{"hidden": (9,)}] if images_part is part1 else [{"hidden_size": 9}, {"context": 1}]
+    for setting in settings:
+        with pytest.raises(images_part.UserError, match=r"good.pt is a net of .*, the settings"):
+            images_part.main(small_config(images_part, load=good, **setting))
     with pytest.raises(images_part.UserError, match=r"missing.pt"):
         images_part.main(small_config(images_part, load=tmp_path / "missing.pt"))
     assert not (tmp_path / "no" / "offline").exists() and not (tmp_path / "trapped").exists()
@@ -98,11 +121,14 @@ def test_save_and_load_by_flags(tmp_path):
     assert status == 0, err
     path, old = old_figure(tmp_path, script)
     lay_out(script, tmp_path)
-    status, out, err = run_with_toy(script, tmp_path, [], "--load", "net.pt")
+    status, out, err = run_with_toy(script, tmp_path, [], "--load", "offline-net.pt")
     assert status == 1 and out == ""
     assert_one_line(err, "net.pt was trained on sklearn-digits, but here is FashionMNIST")
     assert path.read_bytes() == old
-    for flag, told in (("images", "is a folder"), ("/proc/no/net.pt", "cannot write /proc/no")):
+    (tmp_path / "closed").mkdir(mode=0o000)
+    places = {"images": "is a folder", "/proc/no/net.pt": "cannot write /proc/no"}
+    places |= {f"{'x' * 252}.pt": "cannot write"}
+    for flag, told in places.items():
         status, out, err = run_with_toy(script, tmp_path, [], "--save", flag)
         assert status == 1 and out == ""
         assert_one_line(err, told)
@@ -140,6 +166,15 @@ def test_a_photo_becomes_a_picture_like_mnists(digit, tmp_path):
     assert abs(row - 14) <= 0.5 and abs(column - 14) <= 0.5
     edges = picture.double().diff(dim=0).abs().sum() + picture.double().diff(dim=1).abs().sum()
     assert 1.8 < 2.5 * picture.sum() / edges < 3.2
+    assert (picture > 250).sum() > 0.3 * (picture > 40).sum()  # most of a line is all white
+
+
+def test_a_shape_whose_centre_of_mass_is_near_its_rim_still_fits(tmp_path):
+    page = np.full((60, 60), 255, dtype=np.uint8)
+    page[10:50, 10:13] = page[46:50, 10:50] = page[40:50, 10:25] = 0  # an L with a heavy corner
+    Image.fromarray(page).save(tmp_path / "l.png")
+    height, width, _, _ = looks(part1.prepare_photo(tmp_path / "l.png"))
+    assert height == width == 20
 
 
 def likeness(one, other):
@@ -154,7 +189,10 @@ def test_every_kind_of_file_gives_the_same_picture(tmp_path):
     turned[0x0112] = 6  # "rotate by 90 degrees to the right to see it upright"
     page = Image.new("L", (4000, 3000), 180)  # 12 megapixels, the digit small and in a corner
     page.paste(Image.fromarray((180 - 0.6 * ink).astype(np.uint8)).resize((900, 900)), (3050, 2080))
+    clear = Image.merge("LA", (Image.new("L", dark.size, 255), Image.fromarray(ink)))
+    deep = Image.fromarray((4000 - 15 * ink.astype(np.int32)).astype(np.int32))
     files = {
+        "clear.png": clear, "deep.tif": deep, "float.tif": Image.fromarray(np.float32(ink) / 255),
         "dark.png": dark, "light.png": Image.fromarray(ink), "see_through.png": see_through,
         "palette.gif": dark.convert("P"), "bits.png": dark.convert("1"),
         "cmyk.jpg": dark.convert("RGB").convert("CMYK"), "colour.jpg": dark.convert("RGB"),
@@ -189,6 +227,8 @@ def test_where_there_is_no_digit_none_is_guessed(tmp_path):
         pages[f"grain{side}.jpg"] = 200 + rng.normal(0, 20, (side, side))
         pages[f"specks{side}.png"] = 255 * (rng.random((side, side)) < 0.03)
         pages[f"coins{side}.png"] = 255 * (rng.random((side, side)) < 0.5)
+    blotches = Image.fromarray(rng.integers(0, 256, (9, 12)).astype(np.uint8)).resize((120, 90))
+    pages["blotches.png"] = 200 + np.asarray(blotches.convert("L")) / 20  # smooth, but faint
     for name, page in pages.items():
         Image.fromarray(page.clip(0, 255).astype(np.uint8)).save(tmp_path / name)
         with pytest.raises(part1.UserError, match=f"{name}: no digit is to be seen"):
@@ -202,7 +242,20 @@ def test_what_is_no_picture_is_told(tmp_path):
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:100])
     (tmp_path / "folder").mkdir()
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # 400 megapixels in 50 kB
-    for name in ("text.png", "empty.jpg", "half.png", "folder", "bomb.png", "missing.jpg"):
+    damaged = (
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    )  # turned, and
+    damaged += b"\x01\x1a\0\x02\0\0\0\x0372\0\0" + bytes(4)  # a text where a number should be
+    Image.new("L", (50, 50)).save(tmp_path / "exif.jpg", exif=damaged)
+    for name in (
+        "exif.jpg",
+        "text.png",
+        "empty.jpg",
+        "half.png",
+        "folder",
+        "bomb.png",
+        "missing.jpg",
+    ):
         with pytest.raises(part1.UserError, match=f"cannot read .*{name} as a picture"):
             part1.prepare_photo(tmp_path / name)
 
@@ -214,14 +267,18 @@ def test_predict_by_flags(monkeypatch, tmp_path):
     assert saved[0] == 0, saved[2]
     photograph(written(7), np.random.default_rng(7)).save(tmp_path / "seven.jpg")
     Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
-    load = ["--hidden", "64", "--load", "mlp.pt", "--predict"]
+    load = ["--hidden", "64", "--load", "offline-mlp.pt", "--predict"]
     status, out, err = Forked(SHARED, tmp_path, *load, "seven.jpg", "seven.jpg").end()
     assert status == 0 and err == "", err
     lines = out.splitlines()
     assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("seven.jpg: ")
     assert (tmp_path / "images/offline/part1_prediction.png").stat().st_size < 300_000
     (tmp_path / "images/offline/part1_prediction.png").unlink()
-    for name, told in (("empty.png", "no digit"), ("mlp.pt", "as a picture"), ("no", "cannot")):
+    for name, told in (
+        ("empty.png", "no digit"),
+        ("offline-mlp.pt", "as a picture"),
+        ("no", "cannot"),
+    ):
         status, out, err = Forked(SHARED, tmp_path, *load, "seven.jpg", name).end()
         assert status == 1 and out == ""
         assert_one_line(err, name, told)
@@ -231,7 +288,9 @@ def test_predict_by_flags(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     names = ("seven.jpg", "seven.jpg")
-    config = part1.Config(hidden=(64,), load="mlp.pt", predict=tuple(map(part1.Path, names)))
+    config = part1.Config(
+        hidden=(64,), load="offline-mlp.pt", predict=tuple(map(part1.Path, names))
+    )
     found = part1.main(config)
     assert set(found) == {"predictions", "probabilities"}
     assert found["probabilities"].shape == (2, 10)

@@ -206,10 +206,14 @@ def test_several_seeds_are_runs_of_their_own_and_only_the_first_is_drawn(
 ):
     saved = []
     monkeypatch.setattr(part, "save_figure", lambda figure, path: saved.append(path))
-    results = part.main(small_config(part, seed=4, seeds=3, images_dir=tmp_path))
+    runs = {"seed": 2**32 - 1, "seeds": 3, "images_dir": tmp_path}
+    runs |= (
+        {"study": False} if part.__name__ == "part3_attention" else {"save": tmp_path / "net.pt"}
+    )
+    results = part.main(small_config(part, **runs))
     assert len(saved) == len(set(saved)) >= 5
-    lines = capsys.readouterr().out.split("3 seeds from 4")[1].splitlines()
-    other = part.main(small_config(part, seed=5, images_dir=tmp_path), draw=False)
+    lines = capsys.readouterr().out.split(f"3 seeds from {2**32 - 1}")[1].splitlines()
+    other = part.main(small_config(part, seed=0, images_dir=Path("/proc/no")), draw=False)
     for name in results if part.__name__ == "part3_attention" else [None]:
         first, second = (results[name], other[name]) if name else (results, other)
         assert first["runs"][0]["f1"] == first["f1"] and first["runs"][1]["f1"] == second["f1"]
@@ -217,6 +221,30 @@ def test_several_seeds_are_runs_of_their_own_and_only_the_first_is_drawn(
         told = f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}  ("
         assert any("f1" in line and told in line for line in lines)
     assert len(saved) == len(set(saved))  # draw=False drew nothing
+    if part.__name__ in WITH_DATA:
+        assert torch.load(tmp_path / "offline-net.pt")["seed"] == 2**32 - 1  # the first one's net
+
+
+def test_an_interrupted_series_of_seeds_tells_what_is_finished(part, monkeypatch, capsys):
+    """The study runs once, not for each seed; the second run after the first is interrupted."""
+    train, begun, studies = part.train, [], []
+
+    def third_is_interrupted(*arguments):
+        begun.append(1)
+        if len(begun) > 2 * variants:
+            raise KeyboardInterrupt
+        train(*arguments)
+
+    variants = 4 if part.__name__ == "part3_attention" else 1
+    monkeypatch.setattr(part, "train", third_is_interrupted)
+    if variants > 1:
+        monkeypatch.setattr(part, "study", lambda *_: studies.append(1))
+        part.main(small_config(part, seeds=2, steps=5, study=True), draw=False)
+        begun.clear()
+    with pytest.raises(KeyboardInterrupt):
+        part.main(small_config(part, seeds=4, **({"steps": 5} if variants > 1 else {})), draw=False)
+    assert "2 seeds from 0: mean +- std" in capsys.readouterr().out
+    assert len(studies) == (variants > 1)
 
 
 def nets(part, device):
