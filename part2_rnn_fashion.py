@@ -485,8 +485,8 @@ def gradient_figure(model: RowRNN, data: Data, config: Config, title: str) -> Fi
     """`gradient_by_step` of the net, and of untrained ones that read out the last state alone."""
     title += "\nhow much the pixels of each step move the loss"
     figure, axes = new_figure(title, (10, 4.4))
-    last, nets = replace(config, readout="last"), {"the trained net": model}
-    nets["its like, untrained"] = RowRNN(config)
+    last, nets = replace(config, readout="last"), {"trained": model}
+    nets["untrained"] = RowRNN(config)
     nets["untrained, last state read, W_hh orthogonal"] = RowRNN(replace(last, orthogonal=True))
     nets["untrained, last state read, W_hh random"] = RowRNN(replace(last, orthogonal=False))
     for name, net in nets.items():

@@ -7,7 +7,7 @@ has a key/value head of its own (MHA), shares one with its group (GQA) or with a
 or makes its own from a few cached numbers (MLA). What does each way save, and what does it cost?
 
     python part3_attention.py            # train, score and time every variant, draw
-    python part3_attention.py --seeds 5  # five times: mean and standard deviation
+    python part3_attention.py --seeds 5  # five times: mean +- deviation; --help lists every setting
     python part3_attention.py --study    # then many cache sizes, and from MHA to GQA by pooling
 
 Expect, over seeds 0 to 4, 100 % for MHA, 99 for MLA-32, 60 for GQA-4, 44 for MQA; 5 to 9 s each.
@@ -211,9 +211,7 @@ class MultiHeadLatentAttention(nn.Module):
             (c,) = cache.append(c)  # (B, S, kv_latent)
             W_UK = self.k_up.weight.view(self.n_head, self.head_dim, -1)  # (n_head, d, kv_latent)
             W_UV = self.v_up.weight.view(self.n_head, self.head_dim, -1)
-            q = (
-                q @ W_UK * math.sqrt(self.kv_latent / self.head_dim)
-            )  # the scale stays sqrt(head_dim)
+            q = q @ W_UK * math.sqrt(self.kv_latent / self.head_dim)  # the scale stays sqrt(d)
             output, weights = attention(q, c[:, None], c[:, None], mask)
             output = output @ W_UV.mT  # (B, n_head, T, d)
         return self.o_proj(merge_heads(output)), weights

@@ -362,8 +362,10 @@ def second_row(script):
 @each_script
 def test_ctrl_c_before_there_is_anything_to_score(script, tmp_path):
     path, old = old_figure(tmp_path, script)
-    slow = {"part1_mlp_mnist": ["--hidden", "1024", "1024"], "part3_attention": []}
-    slow = slow.get(script, ["--hidden-size", "256"])  # with batches of 2: seconds for an epoch
+    slow = {"part1_mlp_mnist": ["--hidden", "3072", "3072"], "part3_attention": []}
+    slow = slow.get(
+        script, ["--hidden-size", "256"]
+    )  # with batches of 2: many seconds for an epoch
     slow += ["--batch-size", "2"] if script in WITH_DATA else []
     running = Forked(script, tmp_path, *LONG[script], *slow)
     running.wait_for("train loss")
