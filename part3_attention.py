@@ -644,7 +644,7 @@ def decode_figure(times: dict[str, dict], device: torch.device) -> Figure:
     axes.set_xticks(row["context"], row["context"], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 
