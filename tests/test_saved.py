@@ -323,10 +323,10 @@ def test_photos_of_bundled_digits_are_read_as_the_digits_are(monkeypatch, tmp_pa
     mean, std = images.float().mean(), images.float().std()
     splits = [(x - mean) / std for x in (images, images[:100], images[:100])]
     rows = [x for split in splits for x in (split, labels[: len(split)])]
-    data, model = part1.Data("digits", names, mean, std, *rows), part1.MLP((64,))
-    part1.train(model, data, part1.Config(epochs=12, batch_size=32), [])
+    data, model = part1.Data("digits", names, mean, std, *rows), part1.MLP((256,))
+    part1.train(model, data, part1.Config(epochs=25, batch_size=32, augment=0.5), [])
     answers = [part1.predict(model, (x - mean) / std).argmax(1) for x in (test_images, photos)]
-    assert (answers[0] == answers[1]).float().mean() >= 0.85
+    assert (answers[0] == answers[1]).float().mean() >= 0.9
 
 
 # ------------------------------------- with the real MNIST ------------------------------------ #
