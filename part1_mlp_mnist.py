@@ -438,17 +438,12 @@ def first_layer_figure(model: MLP, title: str) -> Figure:
 
 def loss_vs_weight_figure(model: MLP, data: Data, title: str) -> Figure:
     """Gradient descent on the real loss along w + alpha w / |w|, w the weights of output unit 8."""
-    images, labels, w = (
-        data.train_images[:5000],
-        data.train_labels[:5000],
-        model.layers[-1].weight[8],
-    )
+    output, labels = model.layers[-1], data.train_labels[:5000]
     with torch.no_grad():
-        features = model.eval().layers[:-1](images.flatten(1))  # (5000, width)
-        logits = model.layers[-1](features)  # (5000, 10)
-        change = (
-            F.one_hot(torch.tensor(8, device=w.device), 10) * (features @ w / w.norm())[:, None]
-        )
+        features = model.eval().layers[:-1](data.train_images[:5000].flatten(1))  # (5000, width)
+        logits, w = output(features), output.weight[8]  # (5000, 10), (width,)
+        change = torch.zeros_like(logits)  # (5000, 10): of the logits, by alpha
+        change[:, 8] = features @ w / w.norm()
     title += "\nloss of 5,000 training images along the weights of output unit 8"
     figure, grid = new_figure(title, (10, 4.4), 1, 2, sharey=True)
     for axes, lr in zip(grid, (2.0, 20.0), strict=True):

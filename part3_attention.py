@@ -10,7 +10,7 @@ or makes its own from a few cached numbers (MLA). What does each way save, and w
     python part3_attention.py --seeds 5  # five times: mean +- deviation; --help lists every setting
     python part3_attention.py --study    # then many cache sizes, and from MHA to GQA by pooling
 
-Expect, over seeds 0 to 4, 100 % for MHA, 99 for MLA-32, 60 for GQA-4, 44 for MQA; 5 to 9 s each.
+Expect, over seeds 0 to 4, 100 % for MHA, 99 for MLA-32, 60 for GQA-4, 44 for MQA; 4 to 9 s each.
 The lesson ends with `main`; below it stand figures, the study, devices and errors.
 
 References: Vaswani et al. 2017, section 3.2 (MHA); Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA;
@@ -409,9 +409,8 @@ def main(config: Config, draw: bool = True) -> dict[str, dict]:
     try:
         for name in names:
             nets[name], histories[name] = new_net(name, config, device), []
-            print(
-                f"\n{name}: {cached_numbers(nets[name].attention)} numbers cached; device {device}"
-            )
+            numbers = cached_numbers(nets[name].attention)
+            print(f"\n{name}: {numbers} numbers cached for a token; device {device}")
             train(nets[name], config, validation, stream.clone_state(), histories[name])
         results = report(nets, histories, test, config, "", draw)
     except (KeyboardInterrupt, UserError):
@@ -692,10 +691,8 @@ def repeat_variants(config: Config, first: dict[str, dict]) -> None:
         print(f"\ntest sequences, {len(runs)} seeds from {config.seed}: mean +- std (each)")
         for name, key in ((n, k) for n in first for k in ("accuracy", "f1", "steps_to_99")):
             values = [run[name][key] * (1 if key == "steps_to_99" else 100) for run in runs]
-            each, std = (
-                ", ".join(f"{round(v, 2):g}" for v in values),
-                np.std(values, ddof=len(runs) > 1),
-            )
+            each = ", ".join(f"{round(v, 2):g}" for v in values)
+            std = np.std(values, ddof=len(runs) > 1)
             print(f"{name:7} {key:11}  {np.mean(values):.2f} +- {std:.2f}  ({each})")
     for name, row in first.items():
         row["runs"] = [run[name] for run in runs]
@@ -713,9 +710,8 @@ def study(mha: LookupNet, config: Config, device: torch.device) -> dict[str, lis
     }
     what, found = f"{config.lookups} lookups, {config.steps:,} steps, three seeds", {}
     print(f"\n{what}\nvariant  cached  accuracy by seed, %   steps to 99 % (nan: never)")
-    for name in tqdm(
-        [name for names in families.values() for name in names], "study", disable=None
-    ):
+    order = [name for names in families.values() for name in names]
+    for name in tqdm(order, "study", disable=None):
         found[name] = []
         for i in range(3):
             setting = replace(config, seed=(config.seed + i) % 2**32)
