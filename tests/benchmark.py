@@ -1,12 +1,15 @@
 """How fast the scripts are, as ratios measured in one run: `python tests/benchmark.py [part ...]`.
 
-Part 1 and its photos need the MNIST files (`DATA_DIR`, default `data`). Times on a shared machine
-vary; a ratio of two times taken in the same run varies less. Each section says what it compares.
+Part 1 and its photos need the MNIST files (`DATA_DIR`, default `data`), part 1 torchvision as well.
+Times on a shared machine vary; a ratio of two times taken in the same run varies less. Each section
+says what it compares.
 """
 
 import contextlib
 import os
+import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,7 +86,7 @@ def part1() -> None:
     import part1_mlp_mnist as part1
 
     config = part1.Config(data_dir=DATA_DIR)
-    data = part1.load_data(DATA_DIR, config.seed, torch.device("cpu"))
+    data = part1.load_data(config, torch.device("cpu"))
     for dropout in (0.2, 0.0):
         torch.manual_seed(config.seed)
         model = part1.MLP(config.hidden, dropout)
@@ -91,7 +94,7 @@ def part1() -> None:
             torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
             contextlib.redirect_stdout(None),
         ):
-            part1.train(model, data, part1.Config(epochs=1), [])
+            part1.train(model, data, part1.Config(epochs=1))
         total = products = 0.0
         for row in profile.key_averages():
             total += row.self_cpu_time_total
@@ -102,9 +105,7 @@ def part1() -> None:
         )
 
     torch.manual_seed(config.seed)
-    model, history = part1.MLP(config.hidden, config.dropout), []
-    part1.train(model, data, config, history)
-    ours = history[-1].seconds
+    ours = part1.train(part1.MLP(config.hidden), data, config)[-1].seconds
     plain = plain_script(data.train_images, data.train_labels, config.epochs, config.batch_size)
     print(f"  part 1, {config.epochs} epochs: {ours:.1f} s, validation included")
     print(f"  the same net, batches and epochs in plain PyTorch on tensors: {plain:.1f} s")
@@ -174,70 +175,97 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def part2() -> None:
-    """Forward and backward of the tanh RNN over torch.nn.RNN's, same weights, 28 steps of 28."""
+    """Forward and backward of each cell over torch.nn's, same weights, 28 steps, in turns."""
     import part2_rnn_fashion as part2
 
     device = part2.pick_device("auto")
-    ratios = []
-    for batch, hidden in ((64, 128), (256, 128), (256, 256)):
-        torch.manual_seed(0)
-        theirs = nn.RNN(28, hidden).to(device)
-        ours = part2.TanhRNN(28, hidden).to(device)
-        ours.load_state_dict(theirs.state_dict())
-        x = torch.randn(28, batch, 28, device=device)
-        direction = torch.randn(28, batch, hidden, device=device)
+    for cell, kind in (("tanh", nn.RNN), ("gru", nn.GRU), ("lstm", nn.LSTM)):
+        for batch, size, hidden in ((64, 28, 128), (256, 128, 128), (256, 128, 256)):
+            torch.manual_seed(0)
+            theirs = kind(size, hidden).to(device)
+            ours = part2.RecurrentLayer(size, hidden, cell).to(device)
+            ours.load_state_dict(theirs.state_dict())
+            x = torch.randn(28, batch, size, device=device)
+            direction = torch.randn(28, batch, hidden, device=device)
 
-        def step(rnn: nn.Module, x: Tensor = x, direction: Tensor = direction) -> None:
-            output, h_n = rnn(x)
-            ((output * direction).sum() + h_n.sum()).backward()
+            def step(rnn: nn.Module, x: Tensor = x, direction: Tensor = direction) -> None:
+                (rnn(x)[0] * direction).sum().backward()
 
-        # In turns, so that a slow spell of the machine meets both.
-        pairs = [
-            [median_seconds(partial(step, rnn), 10) for rnn in (ours, theirs)] for _ in range(8)
-        ]
-        mine, torchs = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratios.append(mine / torchs)
-        print(
-            f"  batch {batch}, hidden {hidden}: {1e3 * mine:.2f} ms, nn.RNN {1e3 * torchs:.2f} ms, "
-            f"ratio {ratios[-1]:.2f}"
-        )
-    print(f"  mean ratio {statistics.mean(ratios):.2f} on {device}")
+            # In turns, so that a slow spell of the machine meets both.
+            pairs = [
+                [median_seconds(partial(step, rnn), 5) for rnn in (ours, theirs)] for _ in range(5)
+            ]
+            mine, torchs = (statistics.median(column) for column in zip(*pairs, strict=True))
+            print(
+                f"  {cell}, batch {batch}, hidden {hidden}: {1e3 * mine:.1f} ms, "
+                f"PyTorch's {1e3 * torchs:.1f} ms, ratio {mine / torchs:.2f}"
+            )
 
 
 @torch.no_grad()
-def part3() -> None:
-    """One decoding step (batch 4, 32 heads of 64, 8,192 tokens): ours beside PyTorch's."""
+def decode_once() -> None:
+    """One decoding step (batch 4, 32 heads of 64, 8,192 tokens): ours and PyTorch's, in ms."""
     import part3_attention as part3
 
-    device = part3.pick_device("auto")
-    ours = {}
-    for name, n_kv_head in (("MHA", 32), ("GQA-8", 8), ("MQA", 1)):
+    device, row = part3.pick_device("auto"), []
+    for n_kv_head in (32, 8, 1):
         q = torch.randn(4, 32, 1, 64, device=device)
         k, v = torch.randn(2, 4, n_kv_head, 8192, 64, device=device)
+        ours = partial(part3.attention, q, k, v)
+        theirs = partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+        row += [1e3 * median_seconds(run, 7) for run in (ours, theirs)]
+    print(" ".join(f"{milliseconds:.3f}" for milliseconds in row))
 
-        def mine(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return part3.attention(q, k, v)[0]
 
-        def torchs(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+def part3() -> None:
+    """Decoding ratios over fresh processes, and a training step's time.
 
-        pairs = [(median_seconds(mine, 5), median_seconds(torchs, 5)) for _ in range(5)]
-        ours[name], theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(
-            f"  {name}: {1e3 * ours[name]:.2f} ms, PyTorch's enable_gqa {1e3 * theirs:.2f} ms, "
-            f"PyTorch over ours {theirs / ours[name]:.2f}"
-        )
-    print(f"  MHA over GQA-8 {ours['MHA'] / ours['GQA-8']:.1f} (bytes read: 4)")
-    print(f"  MHA over MQA {ours['MHA'] / ours['MQA']:.1f} (bytes read: 32) on {device}")
-    scores = torch.randn(128, 16, 10, 10, device=device)
-    by_hand = median_seconds(partial(part3.softmax, scores), 20)
-    library = median_seconds(partial(torch.softmax, scores, -1), 20)
-    print(f"  softmax over rows of 10: PyTorch's over ours {library / by_hand:.2f}")
+    The C library hands the large temporaries back to the system and each step faults them in again,
+    in some processes and not in others: with these two settings it keeps them.
+    """
+    import part3_attention as part3
+
+    keep = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
+    command, rows = [sys.executable, __file__, "decode_once"], []
+    for _ in range(5):
+        done = subprocess.run(command, env=os.environ | keep, capture_output=True, text=True)
+        rows.append([float(number) for number in done.stdout.splitlines()[-1].split()])
+    mha, mha_torch, gqa, gqa_torch, mqa, mqa_torch = zip(*rows, strict=True)
+
+    def ratio(what: str, above: tuple[float, ...], below: tuple[float, ...]) -> None:
+        ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+        print(f"  {what}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+    for name, times in (("MHA", mha), ("GQA-8", gqa), ("MQA", mqa)):
+        print(f"  {name}: {statistics.median(times):.2f} ms (median of {len(rows)} processes)")
+    ratio("MHA over GQA-8 (bytes read: 4)", mha, gqa)
+    ratio("MHA over MQA (bytes read: 32)", mha, mqa)
+    for name, theirs, ours in (
+        ("MHA", mha_torch, mha), ("GQA-8", gqa_torch, gqa), ("MQA", mqa_torch, mqa)
+    ):  # fmt: skip
+        ratio(f"PyTorch's enable_gqa over ours, {name}", theirs, ours)
+    config, stream = part3.Config(), torch.Generator().manual_seed(0)
+    for name in part3.variant_names(config):
+        net = part3.LookupNet(part3.make_attention(name, config), config)
+        adamw = torch.optim.AdamW(net.parameters(), fused=True)
+        step = partial(part3.learn, net, config, stream, adamw, range(10))
+        print(f"  {name}: {100 * median_seconds(step, 3):.1f} ms a training step")
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or ["part1", "photos", "part2", "part3"]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if wanted != ["decode_once"]:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
     for name in wanted:
-        print(name)
+        if name != "decode_once":
+            print(name)
         globals()[name]()

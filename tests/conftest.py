@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # nets this small gain nothing from two, and beside a busy process lose
+
 PARTS = ["part1_mlp_mnist", "part2_rnn_fashion", "part3_attention"]
 WITH_DATA = PARTS[:2]
 
 
 @pytest.fixture(params=PARTS)
-def part(request, monkeypatch):
-    """Each script as a module, without mirrors: nothing asks for a network."""
+def part(request, monkeypatch, tmp_path):
+    """Each script as a module, in an empty folder and without mirrors: no network, no dataset."""
     module = importlib.import_module(request.param)
+    monkeypatch.chdir(tmp_path)
     if request.param in WITH_DATA:
         monkeypatch.setattr(module, "MIRRORS", [])
     return module
@@ -37,9 +40,8 @@ def small_data(module, n_train=256, n_val=64, n_test=64):
         labels = torch.randint(10, (n,), generator=generator)
         return prototypes[labels] + 0.5 * torch.randn(n, 28, 28, generator=generator), labels
 
-    return module.Data(
-        "toy", list("0123456789"), 0.0, 1.0, *split(n_train), *split(n_val), *split(n_test)
-    )
+    splits = [tensor for n in (n_train, n_val, n_test) for tensor in split(n)]
+    return module.Data("toy", list("0123456789"), 0.0, 1.0, *splits)
 
 
 def small_config(module, **settings):

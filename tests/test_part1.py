@@ -26,7 +26,7 @@ def test_mlp_equals_matrices_multiplied_by_hand(hidden):
     h = x.reshape(9, 784).numpy()
     weights = {k: v.numpy() for k, v in model.state_dict().items()}
     for i in range(0, 4 * len(hidden), 4):  # linear, norm, relu, dropout
-        h = h @ weights[f"layers.{i}.weight"].T + weights[f"layers.{i}.bias"]
+        h = h @ weights[f"layers.{i}.weight"].T
         mean, var = (weights[f"layers.{i + 1}.running_{k}"] for k in ("mean", "var"))
         gain, shift = weights[f"layers.{i + 1}.weight"], weights[f"layers.{i + 1}.bias"]
         h = np.maximum((h - mean) / np.sqrt(var + 1e-5) * gain + shift, 0)
@@ -34,7 +34,19 @@ def test_mlp_equals_matrices_multiplied_by_hand(hidden):
     by_hand = h @ weights[f"layers.{last}.weight"].T + weights[f"layers.{last}.bias"]
     with torch.no_grad():
         assert np.abs(model(x).numpy() - by_hand).max() < 1e-10
-        assert torch.equal(model(x), model(x.view(9, 784)))
+
+
+def test_pictures_of_another_shape_are_refused():
+    """Four pictures of 56 x 28 have the numbers of eight of 28 x 28: they must not become those."""
+    with pytest.raises(RuntimeError):
+        part1.MLP((7,)).eval()(torch.zeros(4, 56, 28))
+
+
+def test_dropout_is_where_it_should_be_and_only_in_training():
+    model = part1.MLP((50,), dropout=0.5)
+    x = torch.randn(20, 28, 28)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(part1.predict(model, x), part1.predict(model, x))
 
 
 def test_overfits_64_images():
@@ -43,8 +55,15 @@ def test_overfits_64_images():
     data = small_data(part1, n_train=64)._replace(train_labels=torch.randint(10, (64,)))
     data = data._replace(val_images=data.train_images, val_labels=data.train_labels)
     model = part1.MLP((128,))
-    part1.train(model, data, part1.Config(epochs=40, batch_size=32, dropout=0), [])
+    part1.train(model, data, part1.Config(epochs=40, batch_size=32))
     assert (part1.predict(model, data.train_images).argmax(1) == data.train_labels).all()
+
+
+def test_every_image_is_predicted_and_nothing_is_recorded():
+    model, images = part1.MLP(()), torch.randn(5001, 28, 28)
+    logits = part1.predict(model, images)
+    assert logits.shape == (5001, 10) and not logits.requires_grad
+    assert torch.allclose(logits[-1], model(images[-1:])[0], atol=1e-6)
 
 
 # -------------------------------------------- data -------------------------------------------- #
@@ -54,13 +73,17 @@ def test_splits_are_seeded_disjoint_complete_and_normalised_by_training_alone(
     monkeypatch, tmp_path
 ):
     monkeypatch.setattr(part1, "MIRRORS", [])
-    bundled = torch.tensor(load_digits().images)[:, None]
-    pixels = F.interpolate(bundled, size=(28, 28), mode="bilinear")[:, 0].mul(255 / 16).round()
+    bundled = torch.tensor(load_digits().images)[:, None] * (255 / 16)
+    pixels = F.interpolate(bundled, size=(28, 28), mode="bilinear")[:, 0].round()
     everything = sorted(
         (image.numpy().tobytes(), int(label))
         for image, label in zip(pixels.byte(), load_digits().target, strict=True)
     )
-    data = part1.load_data(tmp_path, 3, CPU)
+
+    def load(seed):
+        return part1.load_data(part1.Config(data_dir=tmp_path, seed=seed), CPU)
+
+    data = load(3)
     order = torch.randperm(1497, generator=torch.Generator().manual_seed(3))
     std, mean = torch.std_mean(pixels[order[: len(data.train_images)]].float())
     splits = [
@@ -81,11 +104,13 @@ def test_splits_are_seeded_disjoint_complete_and_normalised_by_training_alone(
     assert (data.mean, data.std) == (mean.item(), std.item())
     assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
 
-    again, other = part1.load_data(tmp_path, 3, CPU), part1.load_data(tmp_path, 4, CPU)
+    again, other = load(3), load(4)
     assert torch.equal(data.train_images, again.train_images)
     assert not torch.equal(data.train_images, other.train_images)
     # Another seed reshuffles training and validation; the test images stay the test images.
     assert torch.equal(data.test_labels, other.test_labels)
+    with pytest.raises(part1.UserError, match="batch_size is 1285"):
+        part1.load_data(part1.Config(data_dir=tmp_path, batch_size=1285), CPU)
 
 
 def test_warp_keeps_shape_range_and_image():
@@ -99,7 +124,6 @@ def test_warp_keeps_shape_range_and_image():
     overlap = (warped * images).sum((1, 2)) / images.sum((1, 2))
     assert overlap.mean() > 0.5  # ... yet stays where it was, by and large
     assert 0.7 < (warped.sum() / images.sum()).item() < 1.3
-    assert torch.equal(part1.augment(images, 0.0), images)
 
 
 def test_elastic_displacement_has_the_size_that_it_claims(monkeypatch):
@@ -112,34 +136,87 @@ def test_elastic_displacement_has_the_size_that_it_claims(monkeypatch):
     assert abs(moved.std().item() - 0.9) < 0.05
 
 
-def test_best_epoch_is_kept_and_the_others_are_not():
+# ------------------------------------------ training ------------------------------------------ #
+
+
+def test_the_best_epoch_is_kept():
     """Validation labels unrelated to the images: the best epoch is not the last."""
     torch.manual_seed(0)
     data = small_data(part1, n_val=200)._replace(val_labels=torch.randint(10, (200,)))
-    model, history = part1.MLP((64,)), []
-    part1.train(model, data, part1.Config(epochs=8, batch_size=64), history)
+    model = part1.MLP((64,))
+    history = part1.train(model, data, part1.Config(epochs=8, batch_size=64))
     logits = part1.predict(model, data.val_images)
-    best = part1.best(history)
-    assert best < 7  # or keeping the last epoch would do as well
-    assert history[best].val_accuracy == max(h.val_accuracy for h in history)
-    assert F.cross_entropy(logits, data.val_labels).item() == history[best].val_loss
-    assert [bool(h.weights) for h in history] == [i == best for i in range(8)]
+    best = max(history, key=lambda epoch: (epoch.val_accuracy, -epoch.val_loss))
+    assert best is not history[-1]  # or keeping the last epoch would do as well
+    assert F.cross_entropy(logits, data.val_labels).item() == best.val_loss
+    right = (logits.argmax(1) == data.val_labels).float().mean().item()
+    assert right == best.val_accuracy
+
+
+def test_among_equally_accurate_epochs_the_one_with_the_lowest_loss_is_kept():
+    torch.manual_seed(0)
+    data, model = small_data(part1), part1.MLP((64,))
+    history = part1.train(model, data, part1.Config(epochs=6, batch_size=64))
+    assert [epoch.val_accuracy for epoch in history].count(1.0) > 1
+    loss = F.cross_entropy(part1.predict(model, data.val_images), data.val_labels).item()
+    assert loss == min(epoch.val_loss for epoch in history if epoch.val_accuracy == 1.0)
 
 
 def test_training_loss_is_measured_as_validation_loss_is():
     """With labels smoothed beyond use, the loss that is shown is still the plain cross-entropy."""
     torch.manual_seed(0)
-    data, history = small_data(part1), []
-    settings = {"epochs": 30, "batch_size": 64, "dropout": 0, "label_smoothing": 0.9}
-    part1.train(part1.MLP((64,)), data, part1.Config(**settings), history)
-    assert abs(np.mean(history[-1].losses) - history[-1].val_loss) < 0.1
+    data, settings = small_data(part1), {"epochs": 30, "batch_size": 64, "label_smoothing": 0.9}
+    last = part1.train(part1.MLP((64,)), data, part1.Config(**settings))[-1]
+    assert abs(last.train_loss - last.val_loss) < 0.1
+
+
+def test_an_epoch_takes_every_image_at_most_once_and_in_another_order_each_time():
+    data, seen = small_data(part1), []
+    model = part1.MLP(())
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    adamw = torch.optim.AdamW(model.parameters())
+    config = part1.Config(batch_size=100, epochs=2)
+    for epoch in (1, 2):
+        losses = part1.train_epoch(model, data, config, adamw, epoch)
+        assert losses.shape == (2,) and model.training
+    images = {image.numpy().tobytes() for image in data.train_images}
+    first, second = ([x.numpy().tobytes() for x in torch.cat(seen[i : i + 2])] for i in (0, 2))
+    assert set(first) <= images and len(set(first)) == len(set(second)) == 200
+    assert first != second
+
+
+def test_each_step_uses_its_own_gradient():
+    """With hardly any learning rate, the gradient of the second step is that of the first."""
+    data, model = small_data(part1), part1.MLP(())
+    config = part1.Config(batch_size=256, epochs=2, lr=1e-9, weight_decay=0)
+    adamw, gradients = torch.optim.AdamW(model.parameters()), []
+    for epoch in (1, 2):
+        part1.train_epoch(model, data, config, adamw, epoch)
+        gradients.append(model.layers[0].weight.grad.clone())
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-3
+
+
+def test_label_smoothing_and_weight_decay_are_those_of_the_settings():
+    """One step from zero weights: AdamW's first step is lr times the gradient's sign."""
+    data = small_data(part1)
+    for smoothing in (0.0, 0.5):
+        model = part1.MLP(())
+        torch.nn.init.ones_(model.layers[0].weight)
+        torch.nn.init.zeros_(model.layers[0].bias)
+        config = part1.Config(batch_size=256, epochs=1, label_smoothing=smoothing, weight_decay=0.5)
+        adamw = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
+        part1.train_epoch(model, data, config, adamw, 1)
+        targets = F.one_hot(data.train_labels, 10) * (1 - smoothing) + smoothing / 10
+        assert torch.allclose(model.layers[0].bias.grad, (0.1 - targets).mean(0), atol=1e-6)
+        shrunk = 1 - config.lr * 0.5  # of the weights, beside a step of at most lr
+        assert (model.layers[0].weight - shrunk).abs().max() <= 1.01 * config.lr
 
 
 # ------------------------------------- with the real MNIST ------------------------------------ #
 
 
 def test_real_mnist_is_whole_and_balanced(data_dir):
-    data = part1.load_data(data_dir, 0, CPU)
+    data = part1.load_data(part1.Config(data_dir=data_dir), CPU)
     assert data.name == "MNIST"
     assert tuple(data.train_images.shape) == (55_000, 28, 28)
     assert tuple(data.val_images.shape) == (5_000, 28, 28)
@@ -151,9 +228,9 @@ def test_real_mnist_is_whole_and_balanced(data_dir):
 
 
 def test_quality_gate(data_dir, tmp_path):
-    """The default setting reaches 98.3 % with one seed (the mean over five is on the page)."""
+    """The default reaches the mean of five seeds less three standard deviations (see the page)."""
     results = part1.main(part1.Config(data_dir=data_dir, images_dir=tmp_path, device="cpu"))
     assert results["dataset"] == "MNIST"
     assert results["confusion_matrix"].sum() == 10_000
-    assert results["accuracy"] > 0.983
-    assert min(results["precision"], results["recall"], results["f1"]) > 0.982
+    assert results["accuracy"] > 0.985
+    assert min(results["precision"], results["recall"], results["f1"]) > 0.985

@@ -63,28 +63,22 @@ def test_shared_heads_equal_repeated_heads():
     assert torch.allclose(attention(q, k, v)[0], repeated, atol=1e-6)
 
 
-def test_softmax_equals_torchs_with_gradients():
-    torch.manual_seed(0)
-    scores = torch.randn(50, 7, dtype=torch.float64) * 10
-    scores[:, 0], scores[3, 2:] = 5.0, -math.inf  # ties, and hidden entries
-    scores.requires_grad_()
-    direction = torch.randn_like(scores)
-    ours, torchs = part3.softmax(scores), scores.softmax(-1)
-    assert (ours - torchs).abs().max() < 1e-12
-    (mine,) = torch.autograd.grad((ours * direction).sum(), scores)
-    (reference,) = torch.autograd.grad((torchs * direction).sum(), scores)
-    assert (mine - reference).abs().max() < 1e-12
-
-
-def test_a_query_with_nothing_to_attend_to_gets_zeros():
-    q, k, v = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in "qkv")
+def test_a_query_with_nothing_to_attend_to_is_nan_as_torchs_is():
+    q, k, v = (torch.randn(1, 2, 3, 4) for _ in "qkv")
     mask = torch.ones(3, 3, dtype=torch.bool)
     mask[1] = False
     output, weights = attention(q, k, v, mask)
-    assert (output[:, :, 1] == 0).all() and (weights[:, :, 1] == 0).all()
-    assert (output[:, :, 0] != 0).any()
-    for gradient in torch.autograd.grad(output.sum(), (q, k, v)):
-        assert gradient.isfinite().all()
+    assert output[:, :, 1].isnan().all() and weights[:, :, 1].isnan().all()
+    assert output[:, :, [0, 2]].isfinite().all()
+    assert torch.full((3,), -math.inf).softmax(0).isnan().all()
+
+
+def test_scale_is_one_over_the_root_of_d_unless_it_is_given():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 5, 9, dtype=torch.float64) for _ in "qkv")
+    for scale in (None, 0.7):
+        reference = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        assert (attention(q, k, v, scale=scale)[0] - reference).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("size", [1e4, 1e30])
@@ -109,7 +103,6 @@ def test_heads_are_cut_within_each_token():
     """The docstring's example: a token's numbers go to its own place in each head."""
     x = torch.tensor([[[0, 10], [1, 11], [2, 12], [3, 13]]])
     assert split_heads(x, 2)[0, :, :, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
-    assert torch.equal(part3.merge_heads(split_heads(x, 2)), x)
 
 
 def test_heads_that_do_not_divide_are_refused():
@@ -149,24 +142,24 @@ def test_module_equals_torch_nn_multihead_attention(case):
     assert (ours_grad[4] - ref_grad[2]).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MQA-5", "MLA-6"])
+@pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6", "MHA-2"])
 def test_modules_equal_attention_written_out_head_by_head(name):
     torch.manual_seed(0)
     module = part3.make_attention(name, small_config(part3, d_model=12, n_head=4, n_kv_head=(4,)))
     module, d = module.double(), module.head_dim
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     heads = []
-    for h in range(4):
+    for h in range(module.n_head):
         q = x @ module.q_proj.weight[h * d : h * d + d].T
         if name.startswith("MLA"):
             c = x @ module.kv_down.weight.T
             k, v = (c @ up.weight[h * d : h * d + d].T for up in (module.k_up, module.v_up))
         else:
-            shared = d * (h // (4 // module.n_kv_head))
+            shared = d * (h // (module.n_head // module.n_kv_head))
             k, v = (x @ p.weight[shared : shared + d].T for p in (module.k_proj, module.v_proj))
         heads.append((q @ k.transpose(1, 2) / math.sqrt(d)).softmax(-1) @ v)
     by_hand = torch.cat(heads, 2) @ module.o_proj.weight.T
-    assert (module(x)[0] - by_hand).abs().max() < 1e-9
+    assert (module(x, None)[0] - by_hand).abs().max() < 1e-9
 
 
 def test_mqa_equals_mha_whose_heads_have_the_same_keys_and_values():
@@ -177,19 +170,22 @@ def test_mqa_equals_mha_whose_heads_have_the_same_keys_and_values():
         state[name] = state[name].repeat(4, 1)
     mha.load_state_dict(state)
     x = torch.randn(2, 5, 12)
-    assert torch.allclose(mqa(x)[0], mha(x)[0], atol=1e-6)
+    assert torch.allclose(mqa(x, None)[0], mha(x, None)[0], atol=1e-6)
 
 
-def test_pooled_heads_are_means_and_equal_heads_change_nothing():
+def test_pooled_heads_are_means_and_nothing_else_changes():
     torch.manual_seed(0)
-    mha = GroupedQueryAttention(12, 4, 4, 3)
-    x = torch.randn(2, 5, 12)
-    assert torch.equal(part3.pool_heads(mha, 4)(x)[0], mha(x)[0])
-    gqa = part3.pool_heads(mha, 2)
-    old, new = mha.k_proj.weight, gqa.k_proj.weight  # (4 heads of 3, 12), (2 heads of 3, 12)
-    assert torch.allclose(new[:3], (old[0:3] + old[3:6]) / 2)
-    assert torch.allclose(new[3:], (old[6:9] + old[9:12]) / 2)
-    assert torch.equal(gqa.q_proj.weight, mha.q_proj.weight)
+    config = small_config(part3, d_model=12, n_head=4, n_kv_head=(4,))
+    old = part3.LookupNet(part3.make_attention("MHA", config), config).state_dict()
+    new = part3.pool_heads(old, n_kv_head=2, head_dim=3)
+    gqa = part3.LookupNet(part3.make_attention("GQA-2", config), config)
+    gqa.load_state_dict(new, strict=True)
+    for name in old:
+        if "k_proj" in name or "v_proj" in name:  # (4 heads of 3, 12) -> (2 heads of 3, 12)
+            assert torch.allclose(new[name][:3], (old[name][0:3] + old[name][3:6]) / 2)
+            assert torch.allclose(new[name][3:], (old[name][6:9] + old[name][9:12]) / 2)
+        else:
+            assert torch.equal(new[name], old[name])
 
 
 @pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6"])
@@ -211,9 +207,17 @@ def test_token_by_token_through_the_cache_equals_the_causal_pass(name, chunks):
     assert cache.length == 7
     held = {"MHA": 2 * 4 * 3, "GQA-2": 2 * 2 * 3, "MQA": 2 * 3, "MLA-6": 6}[name]
     assert sum(memory.numel() for memory in cache.memory) == 2 * 7 * held
-    assert part3.cached_numbers(module) == held
-    with pytest.raises(ValueError, match="holds 7 tokens"):
-        module(x[:, :1], cache=cache)
+    config = small_config(part3, d_model=12, n_head=4, n_kv_head=(4,))
+    assert part3.cached_numbers(part3.LookupNet(module.float(), config)) == held
+
+
+@pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6"])
+def test_answers_from_the_cache_equal_those_of_the_whole_sequence(name):
+    torch.manual_seed(0)
+    config = small_config(part3, d_model=16, n_head=4, n_kv_head=(4,), seq_len=6)
+    net = part3.LookupNet(part3.make_attention(name, config), config)
+    data = part3.draw_sequences(20, config, torch.Generator().manual_seed(0))
+    assert (part3.decode(net, data) - part3.predict(net, data)[0]).abs().max() < 1e-5
 
 
 def test_causal_mask_hides_every_later_token():
@@ -277,10 +281,45 @@ def test_alignment_of_heads_that_look_right_and_wrong():
     assert torch.allclose(share, torch.tensor([[1, agree], [agree, 1]]))
 
 
+def test_variants_are_named_by_their_heads_and_caches():
+    config = part3.Config(n_kv_head=(8, 4, 2, 1), kv_latent=(16, 32))
+    names = "MHA GQA-4 GQA-2 MQA MLA-16 MLA-32 MHA-4 MHA-2"
+    assert part3.variant_names(config) == names.split()
+    assert part3.variant_names(part3.Config(n_head=1, n_kv_head=(1,), kv_latent=())) == ["MHA"]
+
+
+def test_the_best_guess_with_no_and_with_one_lookup_solved():
+    """The page's 34.9 and 44.4 %: tokens 1 and 2 of ten have little choice."""
+    config = part3.Config()
+    data = part3.draw_sequences(4000, config, torch.Generator().manual_seed(0))
+    best = torch.zeros(2)
+    for t in range(10):
+        earlier = list(range(max(t, 1)))
+        for n, solved in itertools.product(range(200), (0, 1)):
+            digits = data.digit[n].tolist()
+            known = [[int(data.where[n, 0, t])], earlier][1 - solved]
+            ways = itertools.product(known, earlier, earlier)
+            sums = [digits[a] + 3 * digits[b] + 7 * digits[c] for a, b, c in ways]
+            counts = torch.tensor(sums).remainder(10).bincount()
+            best[solved] += counts.max() / len(sums) / 2000
+    assert abs(best[0] - 0.349) < 0.02 and abs(best[1] - 0.444) < 0.02
+
+
 def test_quality_gate(tmp_path):
-    """MHA answers at least 99 % with one seed; it needs no data (all variants: on the page)."""
-    config = part3.Config(n_kv_head=(16,), kv_latent=(), images_dir=tmp_path, device="cpu")
-    assert part3.main(config)["MHA"]["accuracy"] > 0.99
+    """One lookup is learned in a moment by every variant, and the cache agrees (needs no data)."""
+    small = {"lookups": 1, "steps": 100, "n_kv_head": (2, 1), "n_head": 2, "kv_latent": (32,)}
+    small |= {"seq_len": 5, "batch_size": 64}
+    results = part3.main(part3.Config(images_dir=tmp_path, device="cpu", **small), draw=False)
+    assert min(row["accuracy"] for row in results.values()) > 0.99
+    assert max(row["decode_difference"] for row in results.values()) < 1e-3
+    assert all(row["alignment"][0] > 0.95 for row in results.values())
+
+
+def test_default_gate(data_dir, tmp_path):
+    """MHA, GQA-2 and MLA-32 answer 99 %, MHA-2 and MQA far less; it takes a minute (CI only)."""
+    results = part3.main(part3.Config(images_dir=tmp_path, device="cpu"), draw=False)
+    assert min(results[name]["accuracy"] for name in ("MHA", "GQA-2", "MLA-32")) > 0.99
+    assert results["MHA-2"]["accuracy"] < 0.8 and results["MQA"]["accuracy"] < 0.6
 
 
 def test_the_largest_weight_with_and_without_sqrt_d():
@@ -296,7 +335,6 @@ def test_the_largest_weight_with_and_without_sqrt_d():
         (torch.randn(2, 2000, 8, 64), 0.36, 0.87),
         (started, 0.19, 0.65),
     ):
-        _, weights = part3.attention(q[:, None], k[:, None], k[:, None])
-        assert abs(weights.amax(-1).mean() - divided) < 0.02
-        _, weights = part3.attention(8 * q[:, None], k[:, None], k[:, None])
-        assert abs(weights.amax(-1).mean() - undivided) < 0.02
+        for scale, largest in ((None, divided), (1, undivided)):
+            _, weights = attention(q[:, None], k[:, None], k[:, None], scale=scale)
+            assert abs(weights.amax(-1).mean() - largest) < 0.02

@@ -7,6 +7,8 @@ import shlex
 from collections import Counter
 
 import pytest
+import torch
+import torch.nn.functional as F
 import tyro
 from forked import ROOT
 
@@ -28,6 +30,12 @@ def code(text):
         line.split("  #")[0].strip() for block in code_blocks(text) for line in block.splitlines()
     ]
     return [line for line in lines if re.match(r"[\w, ]+ = |(optimizer|loss)\.\w+\(|return ", line)]
+
+
+def executed(text):
+    """The blocks of the backward passes, by part: they are run below."""
+    found = re.findall(r"```python\n# [^\n]*(\d)\n(.*?)```", text, re.DOTALL)
+    return {int(part): block for part, block in found}
 
 
 def commands(text):
@@ -107,3 +115,55 @@ def test_both_pages_show_the_same_pictures_commands_and_numbers():
     assert len(code_blocks(english)) == len(code_blocks(chinese))
     assert commands(english) == commands(chinese)
     assert numbers(english) == numbers(chinese)
+
+
+# ------------------------------ the backward passes of the page ------------------------------ #
+
+
+def close(mine, reference):
+    return all((a - b).abs().max() < 1e-9 for a, b in zip(mine, reference, strict=True))
+
+
+def tensors(*shapes):
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@each_page
+def test_two_layers_by_hand_equal_autograd(page):
+    torch.manual_seed(0)
+    B, y = 9, torch.randint(5, (9,))
+    x, W1, b1, W2, b2 = tensors((9, 7), (6, 7), (6,), (5, 6), (5,))
+    loss = F.cross_entropy((x @ W1.T + b1).relu() @ W2.T + b2, y)
+    names = {"F": F, "x": x, "y": y, "B": B, "W1": W1, "b1": b1, "W2": W2, "b2": b2}
+    with torch.no_grad():
+        exec(executed(PAGES[page])[1], names)
+    mine = [names[f"d{name}"] for name in ("W1", "b1", "W2", "b2")]
+    assert close(mine, torch.autograd.grad(loss, (W1, b1, W2, b2)))
+
+
+@each_page
+def test_backpropagation_through_time_by_hand_equals_autograd(page):
+    torch.manual_seed(0)
+    T, H = 6, 5
+    x, W_ih, W_hh, b, dh_out = tensors((T, 3, 4), (H, 4), (H, H), (H,), (T, 3, H))
+    states = [torch.zeros(3, H, dtype=torch.float64)]
+    for t in range(T):
+        states.append(torch.tanh(x[t] @ W_ih.T + b + states[-1] @ W_hh.T))
+    h = torch.stack(states)
+    names = {"torch": torch, "x": x, "h": h, "W_ih": W_ih, "W_hh": W_hh, "b": b, "T": T}
+    names["dh_out"] = dh_out
+    with torch.no_grad():
+        exec(executed(PAGES[page])[2], names)
+    loss = (h[1:] * dh_out.detach()).sum()
+    mine = [names[f"d{name}"] for name in ("W_hh", "W_ih", "b")]
+    assert close(mine, torch.autograd.grad(loss, (W_hh, W_ih, b)))
+
+
+@each_page
+def test_the_gradient_of_softmax_by_hand_equals_autograd(page):
+    torch.manual_seed(0)
+    s, dw = tensors((8, 6), (8, 6))
+    w = s.softmax(-1)
+    names = {"w": w.detach(), "dw": dw.detach()}
+    exec(executed(PAGES[page])[3], names)
+    assert close([names["ds"]], torch.autograd.grad(w, s, dw.detach()))
