@@ -247,8 +247,7 @@ class LookupNet(nn.Module):
         self.attention = attention
         layers = nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, 10)
         self.mlp = nn.Sequential(*layers)  # on the attention's output alone: no residual
-        # Causal: token t (row) may look at itself and at the tokens before it (columns up to t).
-        self.register_buffer("causal", torch.ones(T, T, dtype=torch.bool).tril())
+        self.register_buffer("causal", torch.ones(T, T, dtype=torch.bool).tril())  # t sees 0 .. t
 
     def embed(self, data: Sequences) -> Tensor:
         x = self.digit(data.digit)  # (N, T, C); no position: where a token stands tells nothing
@@ -376,7 +375,8 @@ def main(config: Config, draw: bool = True) -> dict[str, dict]:
         if not history or history[-1].step < config.steps:
             note = f", stopped in {name}"
             break
-    print_tables(results, note)
+    if results:
+        print_tables(results, note)
     if draw and results:
         draw_figures(results, test, config, note)
     if note:
@@ -505,8 +505,8 @@ def decode_figure(names: list[str], config: Config, device: torch.device) -> Fig
     figure, axes = new_figure(title, (10, 5))
     wide, longest = replace(config, d_model=64 * config.n_head), min(8192, 2**18 // config.n_head)
     for name in names:
-        kind, _, number = name.partition("-")
-        name = f"MLA-{int(number) * wide.d_model // config.d_model}" if kind == "MLA" else name
+        if name.startswith("MLA"):
+            name = f"MLA-{math.ceil(int(name[4:]) * wide.d_model / config.d_model)}"
         module, x = (
             make_attention(name, wide).to(device),
             torch.randn(4, 1, wide.d_model).to(device),
@@ -544,9 +544,7 @@ def qkv_figure(results: dict[str, dict], test: Sequences) -> Figure:
         "scores = Q K^T / sqrt(d), causal": scores.masked_fill(~net.causal, math.nan),
         "weights = softmax of each row": weights[0, head], "output = weights V": output[0, head],
     }  # fmt: skip
-    figure, grid = new_figure(
-        f"{name}, head {head}, one test sequence, step by step", (13, 9), 2, 3
-    )
+    figure, grid = new_figure(f"{name}, head {head}, one test sequence", (12, 8), 2, 3)
     for axes, (heading, matrix) in zip(grid.flat, panels.items(), strict=True):
         matrix = matrix[:12, :12].numpy(force=True)  # as much as can be read
         limit = 1.4 * np.nanmax(np.abs(matrix))  # black text is readable on all of it
@@ -605,7 +603,9 @@ def study(config: Config, results: dict[str, dict]) -> None:
             if percents[j] > 0:
                 shorter = replace(config, steps=max(1, config.steps * percents[j] // 100))
                 with contextlib.redirect_stdout(None):  # no rows
-                    train(net, shorter, validation, stream)
+                    history = train(net, shorter, validation, stream)
+                if not history or history[-1].step < shorter.steps:
+                    raise KeyboardInterrupt
             answers = predict(net, validation)[0].argmax(2)
             table[i, j] = 100 * (answers == validation.label).float().mean()
         print(f"GQA-{n} {way:14}" + "".join(f"{value:8.2f}" for value in table.mean(0)))
@@ -629,7 +629,7 @@ def check_fields(config: object, limits: dict[str, tuple[float, float]]) -> None
     every = CollectionCheckStrategy.ALL_ITEMS
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
-        if "Path" in str(field.type) and isinstance(value, str):  # a string will do
+        if "Path" in str(field.type) and isinstance(value, str | Path):  # a string will do
             object.__setattr__(config, name, value := Path(value).expanduser())
         try:
             check_type(value, field.type, collection_check_strategy=every)

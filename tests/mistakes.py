@@ -58,7 +58,7 @@ MISTAKES = {  # what goes wrong: (script, the right text, the wrong one, the tes
         "(logits.argmax(1) == data.val_labels).float().sum()", "test_part1.py -k test_the_best"),
     "an RNN without W_hh": (
         TWO, "torch.tanh(p + h @ W_hh.T + b_hh)", "torch.tanh(p + b_hh)",
-        "test_part2.py -k test_one_step"),
+        "test_part2.py -k test_values_states"),
     "the state carried to the next batch": (
         TWO, "h = c = x.new_zeros(x.shape[1], W_hh.shape[1])",
         "h = c = self.__dict__.setdefault('kept', torch.rand(1)) + x.new_zeros(x.shape[1], "
@@ -75,6 +75,10 @@ MISTAKES = {  # what goes wrong: (script, the right text, the wrong one, the tes
     "no clipping": (
         TWO, "        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)\n", "",
         "test_part2.py -k test_a_long_gradient"),
+    "clipping before backward": (
+        TWO, "        loss.backward()\n        nn.utils.clip_grad_norm_(model.parameters(), "
+        "config.clip_norm)\n", "        nn.utils.clip_grad_norm_(model.parameters(), "
+        "config.clip_norm)\n        loss.backward()\n", "test_part2.py -k test_a_long_gradient"),
     "heads cut across tokens": (
         THREE, "x.view(B, T, n_head, -1).transpose(1, 2)", "x.view(B, n_head, T, -1)",
         "test_part3.py -k test_heads_are_cut"),
@@ -87,7 +91,7 @@ MISTAKES = {  # what goes wrong: (script, the right text, the wrong one, the tes
         "test_part3.py -k test_values_and_gradients"),
     "no scaling": (
         THREE, "q = q / math.sqrt(d) if scale", "q = q if scale",
-        "test_part3.py -k test_scores_are_scaled"),
+        "test_part3.py -k test_values_and_gradients"),
     "queries summed and called MQA": (
         THREE, "        return q, k, split_heads(self.v_proj(x), self.n_kv_head)",
         "        q = q.sum(1, keepdim=True).expand_as(q)\n"
@@ -101,7 +105,7 @@ MISTAKES = {  # what goes wrong: (script, the right text, the wrong one, the tes
         "test_part3.py -k test_answers_from_the_cache"),
     "a label that does not need the lookups' order": (
         THREE, "FACTORS = (1, 3, 7)", "FACTORS = (1, 1, 1)",
-        "test_part3.py -k test_no_permutation"),
+        "test_part3.py -k test_labels_equal"),
     "own digits as they are": (
         ONE, "    photo = open_photo(path)\n",
         "    return torch.tensor(np.asarray(open_photo(path).resize((28, 28))))\n",

@@ -10,13 +10,7 @@ import torch.nn.functional as F
 from conftest import small_config
 
 import part3_attention as part3
-from part3_attention import (
-    GroupedQueryAttention,
-    KVCache,
-    MultiHeadLatentAttention,
-    attention,
-    split_heads,
-)
+from part3_attention import GroupedQueryAttention, KVCache, attention, split_heads
 
 CPU = torch.device("cpu")
 
@@ -42,25 +36,16 @@ def test_values_and_gradients_equal_scaled_dot_product_attention(case):
         shape = (B if case % 2 else 1, n_head if draw.random() < 0.5 else 1, T, S)
         mask = torch.rand(shape) < 0.6
         mask[..., 0] = True  # PyTorch's result for an empty row has changed between versions
-    ours, weights = attention(q, k, v, mask)
-    reference = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    scale = draw.choice([None, 0.7])
+    ours, weights = attention(q, k, v, mask, scale)
+    options = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
+    reference = F.scaled_dot_product_attention(q, k, v, **options)
     assert (ours - reference).abs().max() < 1e-9
     assert (weights.sum(-1) - 1).abs().max() < 1e-9
     direction = torch.randn_like(ours)
-    for mine, torchs in zip(
-        torch.autograd.grad((ours * direction).sum(), (q, k, v)),
-        torch.autograd.grad((reference * direction).sum(), (q, k, v)),
-        strict=True,
-    ):
-        assert (mine - torchs).abs().max() < 1e-9
-
-
-def test_shared_heads_equal_repeated_heads():
-    """The definition: [K1, K1, K2, K2] for four query heads and two key/value heads."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 5, 3), torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 3)
-    repeated = attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))[0]
-    assert torch.allclose(attention(q, k, v)[0], repeated, atol=1e-6)
+    ys = ours, reference
+    mine, torchs = (torch.autograd.grad((y * direction).sum(), (q, k, v)) for y in ys)
+    assert max((a - b).abs().max() for a, b in zip(mine, torchs, strict=True)) < 1e-9
 
 
 def test_a_query_with_nothing_to_attend_to_is_nan_as_torchs_is():
@@ -73,14 +58,6 @@ def test_a_query_with_nothing_to_attend_to_is_nan_as_torchs_is():
     assert torch.full((3,), -math.inf).softmax(0).isnan().all()
 
 
-def test_scale_is_one_over_the_root_of_d_unless_it_is_given():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 5, 9, dtype=torch.float64) for _ in "qkv")
-    for scale in (None, 0.7):
-        reference = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        assert (attention(q, k, v, scale=scale)[0] - reference).abs().max() < 1e-9
-
-
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_large_scores_stay_finite(size):
     q, k = torch.eye(3).view(1, 1, 3, 3) * size, torch.eye(3).view(1, 1, 3, 3)
@@ -90,25 +67,10 @@ def test_large_scores_stay_finite(size):
     assert torch.equal(output, v)
 
 
-def test_scores_are_scaled():
-    """Two keys with scores 0 and 2 sqrt(d) / sqrt(d) = 2 before softmax."""
-    d = 16
-    q = torch.ones(1, 1, 1, d)
-    k = torch.stack([torch.zeros(d), torch.full((d,), 2 * math.sqrt(d) / d)])[None, None]
-    weights = attention(q, k, k)[1].flatten()
-    assert torch.allclose(weights[1] / weights[0], torch.tensor(math.e**2))
-
-
 def test_heads_are_cut_within_each_token():
     """The docstring's example: a token's numbers go to its own place in each head."""
     x = torch.tensor([[[0, 10], [1, 11], [2, 12], [3, 13]]])
     assert split_heads(x, 2)[0, :, :, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
-
-
-def test_heads_that_do_not_divide_are_refused():
-    q, k = torch.randn(1, 4, 2, 3), torch.randn(1, 3, 2, 3)
-    with pytest.raises(ValueError, match="4 query heads"):
-        attention(q, k, k)
 
 
 # ------------------------------------------- modules ------------------------------------------ #
@@ -162,17 +124,6 @@ def test_modules_equal_attention_written_out_head_by_head(name):
     assert (module(x, None)[0] - by_hand).abs().max() < 1e-9
 
 
-def test_mqa_equals_mha_whose_heads_have_the_same_keys_and_values():
-    torch.manual_seed(0)
-    mqa, mha = GroupedQueryAttention(12, 4, 1, 3), GroupedQueryAttention(12, 4, 4, 3)
-    state = mqa.state_dict()
-    for name in ("k_proj.weight", "v_proj.weight"):
-        state[name] = state[name].repeat(4, 1)
-    mha.load_state_dict(state)
-    x = torch.randn(2, 5, 12)
-    assert torch.allclose(mqa(x, None)[0], mha(x, None)[0], atol=1e-6)
-
-
 def test_pooled_heads_are_means_and_nothing_else_changes():
     torch.manual_seed(0)
     config = small_config(part3, d_model=12, n_head=4, n_kv_head=(4,))
@@ -190,40 +141,30 @@ def test_pooled_heads_are_means_and_nothing_else_changes():
 
 @pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6"])
 @pytest.mark.parametrize("chunks", [[1] * 7, [3, 1, 3], [7]])
-def test_token_by_token_through_the_cache_equals_the_causal_pass(name, chunks):
+def test_answers_from_the_cache_equal_those_of_the_whole_sequence(name, chunks):
     """For MLA the cached way is the absorbed one, which never makes a key or a value."""
     torch.manual_seed(0)
-    module = part3.make_attention(name, small_config(part3, d_model=12, n_head=4, n_kv_head=(4,)))
-    module, x = module.double(), torch.randn(2, 7, 12, dtype=torch.float64)
-    whole, weights = module(x, causal(7))
-    cache, parts, start = KVCache(7), [], 0
-    for part in x.split(chunks, dim=1):
-        end = start + part.shape[1]
-        y, seen = module(part, causal(7)[start:end, :end], cache)
+    config = small_config(part3, d_model=12, n_head=4, n_kv_head=(4,), seq_len=7)
+    net = part3.LookupNet(part3.make_attention(name, config), config).double().eval()
+    data = part3.draw_sequences(2, config, torch.Generator().manual_seed(0))
+    whole, weights = net(data)
+    cache, start = KVCache(7), 0
+    for part in zip(*(field.split(chunks, dim=-1) for field in data), strict=True):
+        end = start + part[2].shape[1]
+        logits, seen = net(part3.Sequences(*part), cache)
+        assert (logits - whole[:, start:end]).abs().max() < 1e-9
         assert (seen - weights[:, :, start:end, :end]).abs().max() < 1e-9
-        parts.append(y)
         start = end
-    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-9
-    assert cache.length == 7
+    assert (part3.decode(net, data) - whole).abs().max() < 1e-9
     held = {"MHA": 2 * 4 * 3, "GQA-2": 2 * 2 * 3, "MQA": 2 * 3, "MLA-6": 6}[name]
     assert sum(memory.numel() for memory in cache.memory) == 2 * 7 * held
-    config = small_config(part3, d_model=12, n_head=4, n_kv_head=(4,))
-    assert part3.cached_numbers(part3.LookupNet(module.float(), config)) == held
-
-
-@pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6"])
-def test_answers_from_the_cache_equal_those_of_the_whole_sequence(name):
-    torch.manual_seed(0)
-    config = small_config(part3, d_model=16, n_head=4, n_kv_head=(4,), seq_len=6)
-    net = part3.LookupNet(part3.make_attention(name, config), config)
-    data = part3.draw_sequences(20, config, torch.Generator().manual_seed(0))
-    assert (part3.decode(net, data) - part3.predict(net, data)[0]).abs().max() < 1e-5
+    assert part3.cached_numbers(net) == held
 
 
 def test_causal_mask_hides_every_later_token():
     torch.manual_seed(0)
     config = small_config(part3, seq_len=6)
-    net = part3.LookupNet(MultiHeadLatentAttention(16, 2, 8, 8), config).eval()
+    net = part3.LookupNet(part3.make_attention("MLA-8", config), config).eval()
     data = part3.draw_sequences(1, config, torch.Generator().manual_seed(0))
     for t in range(6):
         digit = data.digit.clone()
@@ -250,58 +191,16 @@ def test_labels_equal_a_slow_and_obvious_loop():
         assert data.label[n, t] == label % 10
 
 
-@pytest.mark.parametrize("lookups", [2, 3])
-def test_no_permutation_of_the_digits_gives_the_same_label(lookups):
-    """Which digit came from which lookup matters: no blend of the tokens can answer."""
-    digits = torch.cartesian_prod(*[torch.arange(10)] * lookups)  # (10^L, L)
-    factors = torch.tensor(part3.FACTORS[:lookups])
-    labels = (digits * factors).sum(1) % 10
-    for order in list(itertools.permutations(range(lookups)))[1:]:
-        assert ((digits[:, order] * factors).sum(1) % 10 != labels).float().mean() > 0.5
-
-
-def test_classes_are_balanced_and_seeds_and_draws_differ():
-    config = part3.Config()
-    stream = torch.Generator().manual_seed(0)
-    draws = [part3.draw_sequences(2000, config, stream) for _ in range(3)]
-    counts = draws[0].label.flatten().bincount()
-    assert len(counts) == 10  # 2,000 of each expected, with a standard deviation of 42
-    assert counts.min() > 1830 and counts.max() < 2170
-    rows = [{tuple(row) for row in draw.names.flatten(1).tolist()} for draw in draws]
-    assert sum(map(len, rows)) == 6000 == len(set.union(*rows))
-    last = torch.Generator().manual_seed(2**32 - 1)  # the largest seed that Config takes
-    assert not torch.equal(part3.draw_sequences(2000, config, last).digit, draws[0].digit)
-
-
-def test_alignment_of_heads_that_look_right_and_wrong():
-    config = part3.Config(lookups=2)
-    data = part3.draw_sequences(10, config, torch.Generator().manual_seed(0))
-    share = part3.alignment(F.one_hot(data.where, config.seq_len).float(), data)  # head i: lookup i
-    agree = (data.where[:, 0] == data.where[:, 1]).float().mean().item()
-    assert torch.allclose(share, torch.tensor([[1, agree], [agree, 1]]))
-
-
-def test_variants_are_named_by_their_heads_and_caches():
-    config = part3.Config(n_kv_head=(8, 4, 2, 1), kv_latent=(16, 32))
-    names = "MHA GQA-4 GQA-2 MQA MLA-16 MLA-32 MHA-4 MHA-2"
-    assert part3.variant_names(config) == names.split()
-    assert part3.variant_names(part3.Config(n_head=1, n_kv_head=(1,), kv_latent=())) == ["MHA"]
-
-
 def test_the_best_guess_with_no_and_with_one_lookup_solved():
     """The page's 34.9 and 44.4 %: tokens 1 and 2 of ten have little choice."""
-    config = part3.Config()
-    data = part3.draw_sequences(4000, config, torch.Generator().manual_seed(0))
-    best = torch.zeros(2)
-    for t in range(10):
-        earlier = list(range(max(t, 1)))
-        for n, solved in itertools.product(range(200), (0, 1)):
-            digits = data.digit[n].tolist()
-            known = [[int(data.where[n, 0, t])], earlier][1 - solved]
-            ways = itertools.product(known, earlier, earlier)
-            sums = [digits[a] + 3 * digits[b] + 7 * digits[c] for a, b, c in ways]
-            counts = torch.tensor(sums).remainder(10).bincount()
-            best[solved] += counts.max() / len(sums) / 2000
+    data = part3.draw_sequences(200, part3.Config(), torch.Generator().manual_seed(0))
+    best = [0, 0]
+    for n, t, solved in itertools.product(range(200), range(10), (0, 1)):
+        digits, earlier = data.digit[n].tolist(), list(range(max(t, 1)))
+        known = [int(data.where[n, 0, t])] if solved else earlier
+        ways = itertools.product(known, earlier, earlier)
+        sums = [(digits[a] + 3 * digits[b] + 7 * digits[c]) % 10 for a, b, c in ways]
+        best[solved] += max(map(sums.count, range(10))) / len(sums) / 2000
     assert abs(best[0] - 0.349) < 0.02 and abs(best[1] - 0.444) < 0.02
 
 
@@ -316,25 +215,19 @@ def test_quality_gate(tmp_path):
 
 
 def test_default_gate(data_dir, tmp_path):
-    """MHA, GQA-2 and MLA-32 answer 99 %, MHA-2 and MQA far less; it takes a minute (CI only)."""
-    results = part3.main(part3.Config(images_dir=tmp_path, device="cpu"), draw=False)
-    assert min(results[name]["accuracy"] for name in ("MHA", "GQA-2", "MLA-32")) > 0.99
-    assert results["MHA-2"]["accuracy"] < 0.8 and results["MQA"]["accuracy"] < 0.6
+    """GQA-2 and MLA-32 answer 99 %, MHA-2 with as large a cache far less (only where data is)."""
+    config = part3.Config(n_kv_head=(2,), images_dir=tmp_path, device="cpu")
+    accuracy = {name: row["accuracy"] for name, row in part3.main(config, draw=False).items()}
+    assert min(accuracy["GQA-2"], accuracy["MLA-32"]) > 0.99 and accuracy["MHA-2"] < 0.8
 
 
 def test_the_largest_weight_with_and_without_sqrt_d():
     """The page's numbers: 8 tokens, d = 64, q and k of variance 1, or from PyTorch's own start."""
     torch.manual_seed(0)
-    linear = [torch.nn.Linear(64, 64) for _ in range(40)]
-    x = torch.randn(100, 8, 64)
-    with torch.no_grad():
-        started = torch.cat([x @ layer.weight.T + layer.bias for layer in linear]).view(
-            2, -1, 8, 64
-        )
-    for (q, k), divided, undivided in (
-        (torch.randn(2, 2000, 8, 64), 0.36, 0.87),
-        (started, 0.19, 0.65),
-    ):
+    layers, x = [torch.nn.Linear(64, 64) for _ in range(40)], torch.randn(100, 8, 64)
+    started = torch.stack([layer(x).detach() for layer in layers]).view(2, -1, 8, 64)
+    normal = torch.randn(2, 2000, 8, 64)
+    for (q, k), divided, undivided in ((normal, 0.36, 0.87), (started, 0.19, 0.65)):
         for scale, largest in ((None, divided), (1, undivided)):
             _, weights = attention(q[:, None], k[:, None], k[:, None], scale=scale)
             assert abs(weights.amax(-1).mean() - largest) < 0.02

@@ -2,7 +2,6 @@
 
 import ast
 import itertools
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +48,6 @@ def test_the_lesson_and_the_file_keep_their_length(path):
     ends = {getattr(n, "name", ""): n.end_lineno for n in ast.parse(text).body}
     assert ends["main"] <= lesson and len(text.splitlines()) <= whole
     assert "The lesson ends here" in text.splitlines()[ends["main"] + 2]
-
-
-@pytest.mark.parametrize("path", SCRIPTS)
-def test_script_needs_no_other_file_of_the_project(path):
-    own = {p.stem for p in ROOT.glob("*.py")} | {"tests"}
-    text = path.read_text(encoding="utf-8")
-    imported = set(re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE))
-    assert "torch" in imported and not imported & own
 
 
 def test_the_tests_keep_their_length():
