@@ -28,7 +28,9 @@ def data_dir():
     """The folder with the real datasets, from DATA_DIR; the test is skipped without it."""
     if "DATA_DIR" not in os.environ:
         pytest.skip("DATA_DIR is not set")
-    return Path(os.environ["DATA_DIR"]).resolve()
+    torch.set_num_threads(os.cpu_count() or 1)  # whole trainings, on a machine that is theirs
+    yield Path(os.environ["DATA_DIR"]).resolve()
+    torch.set_num_threads(1)
 
 
 def small_data(module, n_train=256, n_val=64, n_test=64):

@@ -45,7 +45,7 @@ MISTAKES = {  # what goes wrong: (script, the right text, the wrong one, the tes
     "no ReLU between the layers": (
         ONE, "nn.ReLU(), ", "nn.Identity(), ", "test_part1.py -k test_mlp_equals"),
     "no eval() when scoring": (
-        ONE, "    model.eval()\n", "", "test_part1.py -k test_dropout_is_where"),
+        TWO, "    model.eval()\n", "", "test_part2.py -k test_dropout_is_off"),
     "no train() after scoring": (
         TWO, "    model.train()\n", "", "test_part2.py -k test_dropout_is_off"),
     "no no_grad() when scoring": (

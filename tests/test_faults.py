@@ -82,6 +82,7 @@ def test_what_cannot_be_written_is_told_before_training(part, tmp_path):
 MISTAKES = [io.UnsupportedOperation("x"), NameError("x")]  # the former is an OSError, and more
 
 
+@in_part1
 @pytest.mark.parametrize("error", [*MISTAKES, torch.OutOfMemoryError("x"), MemoryError("x")])
 def test_a_mistake_shows_its_traceback_and_out_of_memory_is_one_line(part, error, monkeypatch):
     monkeypatch.setattr(part, "confusion_figure", broken := Mock(side_effect=error))
@@ -233,6 +234,7 @@ def test_ctrl_c_later_keeps_what_is_finished(call, tables, marked, monkeypatch):
     assert ended.out.count("macro avg") == tables and ended.out.count("stopped in MQA") == marked
 
 
+@pytest.mark.parametrize("part", [PARTS[0], PARTS[2]], indirect=True)
 def test_ctrl_c_in_a_series_of_seeds_tells_what_is_finished(part, monkeypatch):
     """The third run of five is stopped in its second epoch, or step: it is told, not counted."""
     interrupt(part, monkeypatch, "tqdm", call=8 if part.__name__ in WITH_DATA else 26)
