@@ -11,7 +11,7 @@ and a last linear layer, W h + b, turns the final h into one score (logit) for e
     python part1_mlp_mnist.py --save mlp.pt                    # keep the net, then read a photo:
     python part1_mlp_mnist.py --load mlp.pt --predict 7.jpg    # --help lists every setting
 
-Expect 98.8 % on the test set after 10 s of training on two CPU cores. The lesson ends with `main`.
+Expect 98.8 % on the test set after 20 s of training on one CPU core. The lesson ends with `main`.
 
 References: Rumelhart, Hinton & Williams 1986 (back-propagation); Ioffe & Szegedy 2015 (batch norm).
 """

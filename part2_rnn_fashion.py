@@ -7,7 +7,7 @@ recurrent layer carries one state h through the picture, from top to bottom, to 
 
     python part2_rnn_fashion.py  # train, score, draw; --cell gru, --help for every setting
 
-Expect 90.2 % on the test set after four minutes of training on two CPU cores. The lesson ends with
+Expect 90.2 % on the test set after six minutes of training on one CPU core. The lesson ends with
 `main`; from `Data` on it is part 1's, but for the lines that mirror and clip.
 References: Elman 1990; Pascanu, Mikolov & Bengio 2013 (vanishing gradients, clipping).
 """

@@ -486,7 +486,7 @@ def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
         rows = [run[name] for run in runs]
         cached, percents = cached_numbers(rows[0]["net"]), [100 * row["accuracy"] for row in rows]
         left.plot([cached] * len(rows), percents, f"oC{i}", alpha=0.6)
-        left.annotate(name, (cached + 2, np.mean(percents) - 3 * (i % 2)), color=f"C{i}")
+        left.annotate(name, (cached + 2, np.mean(percents) - 2 * i), color=f"C{i}")
         steps = np.mean([row["steps_to_99"] for row in rows])
         label = f"{name}: {'never' if math.isnan(steps) else f'{steps:,.0f}'}"
         for row in rows:
@@ -595,7 +595,7 @@ def study(config: Config, results: dict[str, dict]) -> None:
         for i, j in np.ndindex(table.shape):
             mha = runs[i]["net"]
             stream = Generator(mha.causal.device).manual_seed(config.seed + i)
-            validation = draw_sequences(2000, config, stream)
+            _, validation = (draw_sequences(n, config, stream) for n in (2000, 1000))
             torch.manual_seed(config.seed + i)
             net = LookupNet(make_attention(f"GQA-{n}", config), config).to(stream.device)
             if way == "pooled":

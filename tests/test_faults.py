@@ -247,6 +247,7 @@ def test_ctrl_c_in_a_series_of_seeds_tells_what_is_finished(part, monkeypatch):
 def test_a_loaded_net_needs_no_other_flag_and_keeps_to_its_dataset(part, toy):
     saved, again = run(part, "--seed", 3, "--save", "a/net.pt"), run(part, "--load", "a/net.pt")
     assert saved.status == again.status == 0 and os.listdir("a") == ["net.pt"]
+    assert "'seed': 3" in again.out  # and so the same splits
     assert saved.out.split("test set")[1] == again.out.split("test set")[1]  # as before
     toy[0].rename("elsewhere")
     assert_one_line(run(part, "--load", "a/net.pt"), f"needs {part.DATASET}, but", alone=False)
