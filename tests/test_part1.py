@@ -74,7 +74,6 @@ def test_splits_are_seeded_disjoint_complete_and_normalised_by_training_alone(
     again, other = load(3), load(4)
     assert torch.equal(data.train_images, again.train_images)
     assert not torch.equal(data.train_images, other.train_images)
-    # Another seed reshuffles training and validation; the test images stay the test images.
     assert torch.equal(data.test_labels, other.test_labels)
     with pytest.raises(part1.UserError, match="batch_size is 1285"):
         part1.load_data(part1.Config(data_dir=tmp_path, batch_size=1285), CPU)
