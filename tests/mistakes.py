@@ -112,7 +112,7 @@ MISTAKES = {  # what goes wrong: (script, the right text, the wrong one, the tes
         "test_photos.py"),
     "a folder that cannot be written, told after training": (
         ONE, "    check_writable(config.images_dir", "    lambda: check_writable(config.images_dir",
-        "test_faults.py -k images_folder"),
+        "test_faults.py -k test_what_cannot_be_written"),
 }  # fmt: skip
 
 
