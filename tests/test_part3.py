@@ -19,9 +19,6 @@ def causal(T):
     return torch.ones(T, T, dtype=torch.bool).tril()
 
 
-# ------------------------------------------ attention ----------------------------------------- #
-
-
 @pytest.mark.parametrize("case", range(60))
 def test_values_and_gradients_equal_scaled_dot_product_attention(case):
     draw = random.Random(case)
@@ -71,9 +68,6 @@ def test_heads_are_cut_within_each_token():
     """The docstring's example: a token's numbers go to its own place in each head."""
     x = torch.tensor([[[0, 10], [1, 11], [2, 12], [3, 13]]])
     assert split_heads(x, 2)[0, :, :, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
-
-
-# ------------------------------------------- modules ------------------------------------------ #
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -173,9 +167,6 @@ def test_causal_mask_hides_every_later_token():
         assert moved.tolist() == [s >= t for s in range(6)]
 
 
-# -------------------------------------------- task -------------------------------------------- #
-
-
 def test_labels_equal_a_slow_and_obvious_loop():
     config = part3.Config(seq_len=6, lookups=3)
     data = part3.draw_sequences(50, config, torch.Generator().manual_seed(0))
@@ -202,6 +193,31 @@ def test_the_best_guess_with_no_and_with_one_lookup_solved():
         sums = [(digits[a] + 3 * digits[b] + 7 * digits[c]) % 10 for a, b, c in ways]
         best[solved] += max(map(sums.count, range(10))) / len(sums) / 2000
     assert abs(best[0] - 0.349) < 0.02 and abs(best[1] - 0.444) < 0.02
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_the_best_weights_are_kept_and_among_equals_those_of_the_lower_loss(learnable):
+    torch.manual_seed(0)
+    config = small_config(part3, lookups=1, seq_len=3, d_model=32, steps=150, batch_size=64)
+    stream = torch.Generator().manual_seed(0)
+    validation = part3.draw_sequences(100, config, stream)
+    labels = validation.label if learnable else torch.randint(10, (100, 3))
+    net = part3.LookupNet(part3.make_attention("MHA", config), config)
+    history = part3.train(net, config, validation._replace(label=labels), stream)
+    best = max(history, key=lambda v: (v.val_accuracy, -v.val_loss))
+    tied = [v for v in history if v.val_accuracy == 1]
+    assert len(tied) > 1 if learnable else best is not history[-1]
+    logits, _ = part3.predict(net, validation)
+    assert F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item() == best.val_loss
+
+
+def test_the_best_head_and_the_largest_difference_are_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(part3, "alignment", lambda *_: torch.tensor([[0.25, 0.5]]))
+    off = torch.arange(10.0)
+    monkeypatch.setattr(part3, "decode", lambda net, data: part3.predict(net, data)[0] + off)
+    config = small_config(part3, steps=1, images_dir=tmp_path, device="cpu")
+    for row in part3.main(config, draw=False).values():
+        assert row["alignment"] == [0.5] and row["decode_difference"] == pytest.approx(9, abs=1e-4)
 
 
 def test_quality_gate(tmp_path):

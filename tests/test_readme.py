@@ -89,9 +89,6 @@ def test_both_pages_show_the_same_pictures_commands_and_numbers():
     assert re.findall(r"\d %|[\u4e00-\u9fff]\n[\u4e00-\u9fff]", chinese) == []
 
 
-# ------------------------------ the backward passes of the page ------------------------------ #
-
-
 def executed(page, part, names):
     """What the page's block for a part computes from `names`."""
     blocks = re.findall(r"```python\n# [^\n]*(\d)\n(.*?)```", PAGES[page], re.DOTALL)

@@ -151,6 +151,7 @@ def test_every_setting_that_passes_runs_to_its_end(part, case, monkeypatch):
     for row in rows(part, results):
         assert 0 <= row["f1"] <= 1 and row["train_seconds"] > 0 and row["epochs_run"] >= 1
         assert row["confusion_matrix"].sum() in (300, 2000 * settings.get("seq_len", 0))
+        assert torch.allclose(row.get("probabilities", torch.eye(1)).sum(1), torch.ones(1))
     assert len(drawn) == len(FIGURES[part.__name__].split()) + settings.get("study", False)
 
 
