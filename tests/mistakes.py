@@ -57,7 +57,7 @@ MISTAKES = {  # what goes wrong: (script, the right text, the wrong one, the tes
         ONE, "(logits.argmax(1) == data.val_labels).float().mean()",
         "(logits.argmax(1) == data.val_labels).float().sum()", "test_part1.py -k test_the_best"),
     "an RNN without W_hh": (
-        TWO, "torch.tanh(p + h @ W_hh.T + b_hh)", "torch.tanh(p + b_hh)",
+        TWO, "torch.tanh(p + F.linear(h, W_hh, b_hh))", "torch.tanh(p + b_hh)",
         "test_part2.py -k test_values_states"),
     "the state carried to the next batch": (
         TWO, "h = c = x.new_zeros(x.shape[1], W_hh.shape[1])",

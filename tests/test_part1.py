@@ -43,9 +43,7 @@ def test_every_image_is_predicted_and_nothing_is_recorded():
     assert torch.allclose(logits[-1], model.eval()(images[-1:])[0], atol=1e-6)
 
 
-def test_splits_are_seeded_disjoint_complete_and_normalised_by_training_alone(
-    monkeypatch, tmp_path
-):
+def test_splits_are_seeded_disjoint_whole_and_normalised_by_training(monkeypatch, tmp_path):
     monkeypatch.setattr(part1, "MIRRORS", [])
     pixels = torch.cat([part1.read_dataset(tmp_path)[i] for i in (2, 4)])  # (1797, 28, 28)
     assert len({image.numpy().tobytes() for image in pixels}) == 1797  # no image repeats

@@ -1,11 +1,13 @@
 """Part 2: the cells against torch.nn's, the classifier, and its quality on Fashion-MNIST."""
 
+import functools
 import math
 import random
 
 import pytest
 import torch
 from conftest import small_data
+from torch.optim.optimizer import register_optimizer_step_post_hook as hook
 
 import part2_rnn_fashion as part2
 
@@ -145,6 +147,16 @@ def test_a_long_gradient_is_clipped_and_a_short_one_is_not():
         part2.train_epoch(model, data, config, torch.optim.AdamW(model.parameters()), 1)
         length = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
         assert math.isclose(length, norm, rel_tol=1e-3) if norm else length > 0.1
+
+
+@pytest.mark.parametrize(("ema", "decay"), [(0, 0), (0.5, 0.5)])  # over none, or two, of four steps
+def test_the_running_mean_of_the_weights_is_kept(ema, decay):
+    config, seen = part2.Config(hidden_size=4, batch_size=64, epochs=1, ema=ema), []
+    model = part2.RowRNN(config)
+    with hook(lambda adamw, *_: seen.append(adamw.param_groups[0]["params"][0].clone())):
+        part2.train(model, small_data(part2), config)
+    mean = functools.reduce(lambda old, new: decay * old + (1 - decay) * new, seen)
+    assert len(seen) == 4 and torch.allclose(next(model.parameters()), mean, atol=1e-6)
 
 
 def test_gradient_by_step_is_zero_where_the_net_cannot_look():

@@ -12,8 +12,6 @@ from conftest import small_config
 import part3_attention as part3
 from part3_attention import GroupedQueryAttention, KVCache, attention, split_heads
 
-CPU = torch.device("cpu")
-
 
 def causal(T):
     return torch.ones(T, T, dtype=torch.bool).tril()

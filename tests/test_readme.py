@@ -13,9 +13,7 @@ import torch.nn.functional as F
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {
-    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")
-}
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md")}
 each_page = pytest.mark.parametrize("page", PAGES)
 
 
@@ -30,9 +28,7 @@ def code_blocks(text):
 
 def code(text):
     """The lines of code in the code blocks, without their comments: those are translated."""
-    lines = [
-        line.split("  #")[0].strip() for block in code_blocks(text) for line in block.splitlines()
-    ]
+    lines = [line.split("  #")[0].strip() for line in "".join(code_blocks(text)).splitlines()]
     start = r"[\w, ]+ = |(adamw|loss|nn\.utils)\.\w+\(|return "
     return [line for line in lines if re.match(start, line)]
 
@@ -51,9 +47,7 @@ def numbers(text):
 @each_page
 def test_every_picture_is_shown_and_exists_and_links_lead_somewhere(page):
     text = PAGES[page]
-    assert set(pictures(text)) == {
-        f"images/{path.name}" for path in (ROOT / "images").glob("*.png")
-    }
+    assert set(pictures(text)) == {f"images/{p.name}" for p in (ROOT / "images").glob("*.png")}
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     targets = re.findall(r"(?<!!)\[[^\]]+\]\(([^)]+)\)", text)

@@ -13,7 +13,7 @@ SCRIPTS = sorted(ROOT.glob("part*.py"))
 BUDGETS = {"part1": (270, 590), "part2": (330, 590), "part3": (400, 690)}  # lesson, whole file
 # Names that mean another thing in each script; of parts 1 and 2 the training is compared below.
 OWN = {"Config", "train", "predict", "main", "draw_figures", "repeat"}
-LIKE = {"train_epoch", "use_saved_net"}  # parts 1 and 2: the same but for a few lines
+LIKE = {"train", "train_epoch", "use_saved_net"}  # parts 1 and 2: the same but for a few lines
 
 
 def definitions(path):
@@ -32,13 +32,13 @@ def test_shared_helpers_are_the_same_text(one, other):
 
 
 def test_parts_1_and_2_train_with_the_same_lines():
-    """Word for word, and an epoch but for the lines that mirror or warp and clip."""
+    """Word for word, but for the lines that mirror or warp, clip, and average the weights."""
     first, second = (definitions(path) for path in SCRIPTS[:2])
-    for name in ("train", "predict", "repeat"):
+    for name in ("predict", "repeat"):
         assert first[name] == second[name]
     for name in LIKE:
         lines = [set(d[name].splitlines()) for d in (first, second)]
-        assert len(lines[0] ^ lines[1]) <= 6, lines[0] ^ lines[1]
+        assert len(lines[0] ^ lines[1]) <= 7, lines[0] ^ lines[1]
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
