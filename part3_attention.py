@@ -586,31 +586,31 @@ def pool_heads(state: dict[str, Tensor], n_kv_head: int, head_dim: int) -> dict[
 
 def study(config: Config, results: dict[str, dict]) -> None:
     """From MHA to GQA and MQA by pooling, beside a new start: accuracy after further steps."""
-    percents, runs = (0, 5, 10, 20, 40), results["MHA"].get("runs", [results["MHA"]])
+    shares, runs = (0, 5, 10, 20, 40), results["MHA"].get("runs", [results["MHA"]])
     figure, axes = new_figure(f"From MHA by pooling key/value heads, {len(runs)} seeds", (10, 4.6))
-    print("\nfrom MHA; steps, %  " + "".join(f"{percent:8}" for percent in percents))
+    print("\nfrom MHA; steps, %  " + "".join(f"{share:8}" for share in shares))
     divisors = [n for n in range(config.n_head - 1, 0, -1) if config.n_head % n == 0]
     for n, way in ((n, way) for n in divisors for way in ("pooled", "from scratch")):
-        table = np.zeros((len(runs), len(percents)))  # accuracies in %
+        name = f"GQA-{n}" if n > 1 else "MQA"
+        table = np.zeros((len(runs), len(shares)))  # accuracies in %
         for i, j in np.ndindex(table.shape):
             mha = runs[i]["net"]
             stream = Generator(mha.causal.device).manual_seed(config.seed + i)
             _, validation = (draw_sequences(n, config, stream) for n in (2000, 1000))
             torch.manual_seed(config.seed + i)
-            net = LookupNet(make_attention(f"GQA-{n}", config), config).to(stream.device)
+            net = LookupNet(make_attention(name, config), config).to(stream.device)
             if way == "pooled":
                 net.load_state_dict(pool_heads(mha.state_dict(), n, mha.attention.head_dim))
-            if percents[j] > 0:
-                shorter = replace(config, steps=max(1, config.steps * percents[j] // 100))
+            if shares[j] > 0:
+                shorter = replace(config, steps=max(1, config.steps * shares[j] // 100))
                 with contextlib.redirect_stdout(None):  # no rows
                     history = train(net, shorter, validation, stream)
                 if not history or history[-1].step < shorter.steps:
                     raise KeyboardInterrupt
             answers = predict(net, validation)[0].argmax(2)
             table[i, j] = 100 * (answers == validation.label).float().mean()
-        print(f"GQA-{n} {way:14}" + "".join(f"{value:8.2f}" for value in table.mean(0)))
-        style = "o-" if way == "pooled" else "o--"
-        axes.plot(percents, table.mean(0), style, label=f"GQA-{n} {way}")
+        print(f"{name:5} {way:14}" + "".join(f"{value:8.2f}" for value in table.mean(0)))
+        axes.plot(shares, table.mean(0), "o-" if way == "pooled" else "o--", label=f"{name} {way}")
     axes.set(xlabel="further training (% of the steps)", ylabel="validation accuracy (%)")
     axes.legend()
     save_figure(figure, config.images_dir / "part3_study_from_mha.png")
