@@ -2,7 +2,7 @@
 
 Every one is made in a copy of the project; the test named beside it has to fail there. Rows of
 the page that cannot be made so: a device that is never used (it needs a GPU), the best of many
-test scores (there is only one).
+test scores (there is only one), padding (our sequences are equally long).
 """
 
 import multiprocessing
