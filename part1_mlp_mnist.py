@@ -549,9 +549,9 @@ def write_whole(path: Path, content: bytes) -> Path:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG."""
+    """Write `figure` as a PNG, and say where."""
     figure.savefig(png := io.BytesIO(), format="png", dpi=100)
-    write_whole(path, png.getvalue())
+    print(f"drew {write_whole(path, png.getvalue())}")
 
 
 def check_writable(*paths: Path | None) -> None:
