@@ -180,8 +180,8 @@ def test_half_of_the_images_are_mirrored_as_a_whole():
 
 
 def test_quality_gate(data_dir, tmp_path):
-    """The default reaches the mean of its seeds less three standard deviations (see the page)."""
+    """The default reaches the mean of ten seeds less three standard deviations (see the page)."""
     results = part2.main(part2.Config(data_dir=data_dir, images_dir=tmp_path, device="cpu"))
     assert results["dataset"] == "FashionMNIST"
     assert results["confusion_matrix"].sum() == 10_000
-    assert min(results[name] for name in ("accuracy", "precision", "recall", "f1")) > 0.8975
+    assert min(results[name] for name in ("accuracy", "precision", "recall", "f1")) > 0.9
