@@ -1,5 +1,7 @@
 """Part 1: the multilayer perceptron, its data, its warp, and its quality on the real MNIST."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -138,7 +140,8 @@ def test_label_smoothing_and_weight_decay_are_those_of_the_settings():
         torch.nn.init.zeros_(model.layers[0].bias)
         config = part1.Config(batch_size=256, epochs=1, label_smoothing=smoothing, weight_decay=0.5)
         adamw = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
-        part1.train_epoch(model, data, config, adamw, 1)
+        losses = part1.train_epoch(model, data, config, adamw, 1)
+        assert math.isclose(losses.item(), math.log(10), rel_tol=1e-5)  # without smoothing
         targets = F.one_hot(data.train_labels, 10) * (1 - smoothing) + smoothing / 10
         assert torch.allclose(model.layers[0].bias.grad, (0.1 - targets).mean(0), atol=1e-6)
         shrunk = 1 - config.lr * 0.5  # of the weights, beside a step of at most lr

@@ -63,7 +63,6 @@ def test_large_scores_stay_finite(size):
 
 
 def test_heads_are_cut_within_each_token():
-    """The docstring's example: a token's numbers go to its own place in each head."""
     x = torch.tensor([[[0, 10], [1, 11], [2, 12], [3, 13]]])
     assert split_heads(x, 2)[0, :, :, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
 

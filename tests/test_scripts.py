@@ -48,7 +48,6 @@ def unrendered(part, monkeypatch):
 
 @pytest.mark.parametrize("case", range(8))
 def test_scores_equal_scikit_learns(part, case):
-    """Random answers, with classes that never occur, are never predicted, or neither."""
     rng = np.random.default_rng(case)
     n, classes = 1 + case**2, int(rng.integers(2, 8))
     labels = rng.integers(0, rng.integers(1, classes + 1), n)
@@ -140,7 +139,6 @@ CHOICES = {
 
 @pytest.mark.parametrize("case", range(2))
 def test_every_setting_that_passes_runs_to_its_end(part, case, monkeypatch):
-    """Drawn at random; everything is computed and every figure built."""
     draw, drawn = random.Random(f"{part.__name__}{case}"), unrendered(part, monkeypatch)
     settings = {name: draw.choice(choices) for name, choices in CHOICES[part.__name__].items()}
     if part.__name__ == "part3_attention":
@@ -149,7 +147,7 @@ def test_every_setting_that_passes_runs_to_its_end(part, case, monkeypatch):
         settings["study"] &= settings["n_head"] in heads
     results = part.main(part.Config(device="cpu", seed=draw.choice([0, 2**32 - 1]), **settings))
     for row in rows(part, results):
-        assert 0 <= row["f1"] <= 1 and row["train_seconds"] > 0 and row["epochs_run"] >= 1
+        assert 0 <= row["f1"] <= 1 and 60 > row["train_seconds"] > 0 and row["epochs_run"] >= 1
         assert row["confusion_matrix"].sum() in (300, 2000 * settings.get("seq_len", 0))
         assert torch.allclose(row.get("probabilities", torch.eye(1)).sum(1), torch.ones(1))
     assert len(drawn) == len(FIGURES[part.__name__].split()) + settings.get("study", False)
@@ -225,7 +223,6 @@ def nets(part, device):
 
 
 def test_nothing_of_the_cpu_is_mixed_in(part):
-    """The meta device computes nothing, but refuses a tensor of the CPU."""
     for net, data in nets(part, "meta"):
         output = net.to("meta")(data)
         (output[0] if isinstance(output, tuple) else output).sum().backward()
