@@ -154,11 +154,13 @@ def test_a_long_gradient_is_clipped_and_a_short_one_is_not():
 @pytest.mark.parametrize(("ema", "decay"), [(0, 0), (0.5, 0.5)])  # over none, or two, of four steps
 def test_the_running_mean_of_the_weights_is_kept(ema, decay):
     config, seen = part2.Config(hidden_size=4, batch_size=64, epochs=1, ema=ema), []
-    model = part2.RowRNN(config)
+    model, data = part2.RowRNN(config), small_data(part2)
     with hook(lambda adamw, *_: seen.append(adamw.param_groups[0]["params"][0].clone())):
-        part2.train(model, small_data(part2), config)
+        history = part2.train(model, data, config)
     mean = functools.reduce(lambda old, new: decay * old + (1 - decay) * new, seen)
     assert len(seen) == 4 and torch.allclose(next(model.parameters()), mean, atol=1e-6)
+    val_loss = F.cross_entropy(part2.predict(model, data.val_images), data.val_labels).item()
+    assert val_loss == history[0].val_loss
 
 
 def test_gradient_by_step_is_zero_where_the_net_cannot_look():

@@ -133,7 +133,6 @@ def test_pooled_heads_are_means_and_nothing_else_changes():
 @pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6"])
 @pytest.mark.parametrize("chunks", [[1] * 7, [3, 1, 3], [7]])
 def test_answers_from_the_cache_equal_those_of_the_whole_sequence(name, chunks):
-    """For MLA the cached way is the absorbed one, which never makes a key or a value."""
     torch.manual_seed(0)
     config = small_config(part3, d_model=12, n_head=4, n_kv_head=(4,), seq_len=7)
     net = part3.LookupNet(part3.make_attention(name, config), config).double().eval()
@@ -193,17 +192,18 @@ def test_the_best_guess_with_no_and_with_one_lookup_solved():
 
 
 @pytest.mark.parametrize("learnable", [False, True])
-def test_the_best_weights_are_kept_and_among_equals_those_of_the_lower_loss(learnable):
+def test_the_best_weights_are_kept_and_among_equals_those_of_the_lower_loss(learnable, capsys):
     torch.manual_seed(0)
     config = small_config(part3, lookups=1, seq_len=3, d_model=32, steps=150, batch_size=64)
     stream = torch.Generator().manual_seed(0)
-    validation = part3.draw_sequences(100, config, stream)
-    labels = validation.label if learnable else torch.randint(10, (100, 3))
+    validation = part3.draw_sequences(2, config, stream)
+    labels = validation.label if learnable else torch.randint(10, (2, 3))
     net = part3.LookupNet(part3.make_attention("MHA", config), config)
     history = part3.train(net, config, validation._replace(label=labels), stream)
+    assert float(capsys.readouterr().out.splitlines()[1].split()[1]) < 4  # the mean loss, ln 10
     best = max(history, key=lambda v: (v.val_accuracy, -v.val_loss))
-    tied = [v for v in history if v.val_accuracy == 1]
-    assert len(tied) > 1 if learnable else best is not history[-1]
+    tied = [v for v in history if v.val_accuracy == best.val_accuracy]
+    assert len(tied) > 1 and (learnable or best is not tied[-1])
     logits, _ = part3.predict(net, validation)
     assert F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item() == best.val_loss
 
@@ -224,7 +224,7 @@ def test_quality_gate(tmp_path):
     results = part3.main(part3.Config(images_dir=tmp_path, device="cpu", **small), draw=False)
     assert min(row["accuracy"] for row in results.values()) > 0.99
     assert max(row["decode_difference"] for row in results.values()) < 1e-3
-    assert all(row["alignment"][0] > 0.95 for row in results.values())
+    assert all(r["alignment"][0] > 0.95 and r["steps_to_99"] <= 100 for r in results.values())
 
 
 def test_default_gate(data_dir, tmp_path):

@@ -101,7 +101,6 @@ REFUSED = {
     [(script, settings) for script in PARTS for settings in [*COMMON, *REFUSED[script]]],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(script, settings):
-    """By a flag or by an edited default: both come through here. One case for each bound."""
     with pytest.raises(ValueError, match=f"^{next(iter(settings))} "):
         importlib.import_module(script).Config(**settings)
 
@@ -185,7 +184,6 @@ def test_a_run_in_a_notebook_writes_its_figures_and_changes_nothing(part, device
 
 
 def test_several_seeds_are_the_runs_of_these_seeds_to_the_last_bit(part, monkeypatch, capsys):
-    """Only the first is drawn and saved; part 3 draws the trade-off again, with all of them."""
     drawn, images, last = unrendered(part, monkeypatch), part.__name__ in WITH_DATA, 2**32 - 1
     config = small_config(part, device="cpu", **({} if images else {"seq_len": 4, "steps": 6}))
     more = {"save": "net.pt"} if images else {}
@@ -207,7 +205,6 @@ def test_several_seeds_are_the_runs_of_these_seeds_to_the_last_bit(part, monkeyp
 
 
 def nets(part, device):
-    """The script's nets, each with an input on `device`."""
     if part.__name__ == "part3_attention":
         config = small_config(part)
         data = part.draw_sequences(4, config, torch.Generator().manual_seed(0))
