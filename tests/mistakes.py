@@ -47,7 +47,7 @@ MISTAKES = {  # what goes wrong: (script, the right text, the wrong one, the tes
     "no eval() when scoring": (
         TWO, "    model.eval()\n", "", "test_part2.py -k test_dropout_is_off"),
     "no train() after scoring": (
-        TWO, "    model.train()\n", "", "test_part2.py -k test_dropout_is_off"),
+        ONE, "    model.train()\n", "", "test_part1.py -k test_an_epoch_takes"),
     "no no_grad() when scoring": (
         ONE, "@torch.no_grad()\ndef predict", "def predict",
         "test_part1.py::test_every_image_is_predicted_and_nothing_is_recorded"),
