@@ -342,7 +342,7 @@ def first_layer_figure(model: MLP, title: str) -> Figure:
 def learning_rates_figure(data: Data) -> Figure:
     """Plain gradient descent, its gradient by hand, on a net without a hidden layer."""
     x, y = data.train_images[:5000].flatten(1), data.train_labels[:5000]  # (N, 784), (N,)
-    title = f"{data.name}: gradient descent on {len(y):,} images, no hidden layer, all weights 0"
+    title = f"{data.name}: gradient descent on {len(y):,} images, no hidden layer, starting at 0"
     figure, axes = new_figure(title, (10, 4.4))
     for lr in (0.001, 0.1, 10):
         W, losses = x.new_zeros(10, 784), []

@@ -8,7 +8,7 @@ recurrent layer carries one state h through the picture, from top to bottom, to 
     python part2_rnn_fashion.py  # train, score, draw; --cell gru, --help for every setting
 
 Expect 90.5 % after five minutes on one CPU core. From `Data` to `main`, where the lesson ends, it
-is part 1's but to mirror, clip and average. References: Elman 1990; Pascanu et al. 2013 (clipping).
+is part 1's plus mirroring, clipping and averaging. References: Elman 1990; Pascanu et al. 2013.
 """
 
 import copy
@@ -146,12 +146,12 @@ class RowRNN(nn.Module):
         self.config, E, H = config, config.encoder_size, config.hidden_size
         self.rows = config.rows_per_step + 2 * config.context  # that a step sees
         self.encoder = nn.Sequential(nn.Linear(28 * self.rows, E), nn.LayerNorm(E), nn.ReLU())
-        way = [RecurrentLayer(E, H, config.cell) for _ in range(1 + config.bidirectional)]
-        self.rnns = nn.ModuleList(way)  # down, and up
+        directions = 1 + config.bidirectional  # down, and up
+        self.rnns = nn.ModuleList(RecurrentLayer(E, H, config.cell) for _ in range(directions))
         for rnn in self.rnns if config.orthogonal else []:
             for W in rnn.weight_hh_l0.detach().split(H):  # of each gate
                 nn.init.orthogonal_(W)
-        features = H * len(self.rnns) * (2 if config.readout == "pool" else 1)
+        features = H * directions * (2 if config.readout == "pool" else 1)
         self.classifier = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(features, 10))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -492,9 +492,9 @@ def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
         for row in rows:
             step, _, val_accuracy, _ = np.array(row["history"]).T
             right.plot(step, 100 * val_accuracy, f".-C{i}", label=label if row is rows[0] else None)
-    left.set(xlabel="numbers cached for a token", ylabel="accuracy (%)", xmargin=0.2, ymargin=0.2)
+    left.set(xlabel="numbers cached a token", ylabel="test accuracy (%)", xmargin=0.2, ymargin=0.2)
     right.set(xlabel="step", ylabel="validation accuracy (%)")
-    right.legend(title="99 % after steps (mean)")
+    right.legend(title="99 % after steps (mean)", loc="center right", bbox_to_anchor=(1, 0.72))
     return figure
 
 

@@ -26,7 +26,6 @@ FIGURES = {
 
 
 def rows(part, results):
-    """The results of a run one by one: part 3 has some for each variant."""
     return list(results.values()) if part.__name__ == "part3_attention" else [results]
 
 

@@ -13,11 +13,10 @@ SCRIPTS = sorted(ROOT.glob("part*.py"))
 BUDGETS = {"part1": (270, 590), "part2": (330, 590), "part3": (400, 690)}  # lesson, whole file
 # Names that mean another thing in each script; of parts 1 and 2 the training is compared below.
 OWN = {"Config", "train", "predict", "main", "draw_figures", "repeat"}
-LIKE = {"train", "train_epoch", "use_saved_net"}  # parts 1 and 2: the same but for a few lines
+LIKE = {"train_epoch", "use_saved_net"}  # parts 1 and 2: the same but for a few lines
 
 
 def definitions(path):
-    """Source text of every function and class at the top level of a script, by name."""
     text = path.read_text(encoding="utf-8")
     nodes = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef))
     return {node.name: ast.get_source_segment(text, node) for node in nodes}
@@ -34,11 +33,13 @@ def test_shared_helpers_are_the_same_text(one, other):
 def test_parts_1_and_2_train_with_the_same_lines():
     """Word for word, but for the lines that mirror or warp, clip, and average the weights."""
     first, second = (definitions(path) for path in SCRIPTS[:2])
-    for name in ("predict", "repeat"):
+    lines = second["train"].replace("ema.module", "model").splitlines()
+    second["train"] = "\n".join(line for line in lines if "ema" not in line)
+    for name in ("train", "predict", "repeat"):
         assert first[name] == second[name]
     for name in LIKE:
         lines = [set(d[name].splitlines()) for d in (first, second)]
-        assert len(lines[0] ^ lines[1]) <= 7, lines[0] ^ lines[1]
+        assert len(lines[0] ^ lines[1]) <= 6, lines[0] ^ lines[1]
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
