@@ -484,9 +484,9 @@ def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
     figure, (left, right) = new_figure(title, (10, 4.6), 1, 2)
     for i, name in enumerate(runs[0]):
         rows = [run[name] for run in runs]
-        cached, percents = cached_numbers(rows[0]["net"]), [100 * row["accuracy"] for row in rows]
-        left.plot([cached] * len(rows), percents, f"oC{i}", alpha=0.6)
-        left.annotate(name, (cached + 2, np.mean(percents) - 2 * i), color=f"C{i}")
+        x, y = cached_numbers(rows[0]["net"]), [100 * row["accuracy"] for row in rows]
+        left.plot([x] * len(rows), y, f"oC{i}", alpha=0.6)
+        left.annotate(name, (x, y[0]), (7, -6 * i), textcoords="offset points", color=f"C{i}")
         steps = np.mean([row["steps_to_99"] for row in rows])
         label = f"{name}: {'never' if math.isnan(steps) else f'{steps:,.0f}'}"
         for row in rows:
@@ -494,7 +494,7 @@ def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
             right.plot(step, 100 * val_accuracy, f".-C{i}", label=label if row is rows[0] else None)
     left.set(xlabel="numbers cached a token", ylabel="test accuracy (%)", xmargin=0.2, ymargin=0.2)
     right.set(xlabel="step", ylabel="validation accuracy (%)")
-    right.legend(title="99 % after steps (mean)", loc="center right", bbox_to_anchor=(1, 0.72))
+    figure.legend(loc="outside lower center", ncols=5, title="99 % after steps (mean)")
     return figure
 
 
