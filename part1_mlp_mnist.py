@@ -341,7 +341,7 @@ def first_layer_figure(model: MLP, title: str) -> Figure:
 
 def learning_rates_figure(data: Data) -> Figure:
     """Plain gradient descent, its gradient by hand, on a net without a hidden layer."""
-    x, y = data.train_images[:5000].flatten(1), data.train_labels[:5000]  # (N, 784), (N,)
+    x, y = data.train_images[:1000].flatten(1), data.train_labels[:1000]  # (N, 784), (N,)
     title = f"{data.name}: gradient descent on {len(y):,} images, no hidden layer, starting at 0"
     figure, axes = new_figure(title, (10, 4.4))
     for lr in (0.001, 0.1, 10):
@@ -447,15 +447,15 @@ def predict_photos(model: MLP, saved: dict, config: Config) -> dict:
     """Read the digits in the picture files `config.predict`; print and draw what is likeliest."""
     pictures = torch.stack([prepare_photo(path) for path in config.predict])  # (N, 28, 28)
     probabilities = predict(model, (pictures - saved["mean"]) / saved["std"]).softmax(1)  # (N, 10)
-    title = f"read by a net trained on {saved['dataset']}{saved['note']}"
+    title = f"photo; what the net sees; its answer (trained on {saved['dataset']}{saved['note']})"
     n = min(8, len(pictures))  # more could not be read
     figure, grid = new_figure(title, (10, 3 * n), n, 3, squeeze=False)
     for i, (path, p) in enumerate(zip(config.predict, probabilities, strict=True)):
         likely = ", ".join(f"{k} {p[k]:.1%}" for k in p.topk(3).indices.tolist())
         print(f"{path}: {p.argmax()} ({likely})")
         if i < n:
-            grid[i, 0].imshow(open_photo(path), cmap="gray", vmin=0, vmax=255)
-            grid[i, 1].imshow(pictures[i].numpy(), cmap="gray")
+            grid[i, 0].imshow(open_photo(path), cmap="gray", vmin=0, vmax=255).axes.set_axis_off()
+            grid[i, 1].imshow(pictures[i].numpy(), cmap="gray").axes.set_axis_off()
             grid[i, 2].bar(range(10), p.numpy())
             grid[i, 2].set(ylim=(0, 1), xticks=range(10), xlabel="digit", ylabel="probability")
     folder = config.images_dir / ("" if saved["dataset"] == DATASET else "offline")
