@@ -139,7 +139,7 @@ def train_epoch(model: nn.Module, data: Data, config: Config, adamw: AdamW, epoc
     order = torch.randperm(n, device=device)[: steps * config.batch_size]
     batches = tqdm(order.split(config.batch_size), f"epoch {epoch}", leave=False, disable=None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-    losses = []  # stay on the device: to look at one would make a GPU wait
+    losses = []  # kept on the device: to look at one, the CPU would wait for the GPU in every step
     model.train()
     for step, batch in enumerate(batches, start=(epoch - 1) * steps):
         adamw.param_groups[0]["lr"] = learning_rate(step, config.epochs * steps, config.lr)
@@ -152,12 +152,12 @@ def train_epoch(model: nn.Module, data: Data, config: Config, adamw: AdamW, epoc
         loss.backward()
         adamw.step()
         losses.append(F.cross_entropy(logits.detach(), labels))
-    return torch.stack(losses).cpu()  # here the CPU waits for the GPU, once an epoch
+    return torch.stack(losses).cpu()  # here the CPU waits for the GPU
 
 
 def train(model: nn.Module, data: Data, config: Config) -> list[Epoch]:
-    """Fit `model` with AdamW, load its best epoch's weights; Ctrl-C ends it with fewer epochs."""
-    adamw = AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
+    """Fit `model` with AdamW, load what validated best; Ctrl-C ends it with fewer epochs."""
+    adamw = AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)  # lr: each step
     history, best, start = [], (-1.0, 0.0), time.perf_counter()
     print("epoch  train loss  val loss  val accuracy         lr  seconds")
     for epoch in range(1, config.epochs + 1):
@@ -170,8 +170,8 @@ def train(model: nn.Module, data: Data, config: Config) -> list[Epoch]:
             break
         train_loss, val_loss = losses.mean().item(), F.cross_entropy(logits, data.val_labels).item()
         if not math.isfinite(train_loss + val_loss):
-            step = 1 + losses.isfinite().sum()
-            raise UserError(f"the loss of epoch {epoch}, step {step} is NaN or infinite: lower lr")
+            step = losses.isfinite().sum()
+            raise UserError(f"loss NaN or infinite after step {step} of epoch {epoch}: lower lr")
         val_accuracy = (logits.argmax(1) == data.val_labels).float().mean().item()
         if (val_accuracy, -val_loss) > best:  # among equals the lower loss
             best, weights = (val_accuracy, -val_loss), copy.deepcopy(model.state_dict())
@@ -209,7 +209,7 @@ def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
 
 
 def main(config: Config, draw: bool = True) -> dict:
-    """Train, score the test set once, draw; returns the results, after Ctrl-C raises again."""
+    """Train, score the test set once, draw, return the results; after Ctrl-C, raise at the end."""
     if config.load:
         return use_saved_net(config)
     torch.manual_seed(config.seed)
@@ -217,11 +217,11 @@ def main(config: Config, draw: bool = True) -> dict:
     check_writable(config.images_dir / "part1", config.save)  # now, not after minutes of training
     data = load_data(config, device)
     model = MLP(config.hidden, config.dropout).to(device)
-    counts = (f"{len(x):,}" for x in (data.train_labels, data.val_labels, data.test_labels))
-    print("{}: {} training, {} validation, {} test images".format(data.name, *counts), end="; ")
+    sizes = f"{len(data.train_labels):,} training, {len(data.val_labels):,} validation"
+    print(f"{data.name}: {sizes}, {len(data.test_labels):,} test images", end="; ")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; device {device}")
     history = train(model, data, config)
-    probabilities = predict(model, data.test_images).softmax(1)  # the one look at the test set
+    probabilities = predict(model, data.test_images).softmax(1)  # once: nothing is chosen by it
     results = score(data.test_labels, probabilities.argmax(1), data.class_names)
     results |= {"dataset": data.name, "probabilities": probabilities, "history": history}
     results |= {"epochs_run": len(history), "train_seconds": history[-1].seconds}
@@ -376,12 +376,12 @@ def save_net(model: nn.Module, data: Data, config: Config, note: str) -> None:
     saved = {"net": {name: getattr(config, name) for name in NET}, "weights": model.state_dict()}
     saved |= {"dataset": data.name, "class_names": data.class_names, "note": note}
     torch.save(saved | {"mean": data.mean, "std": data.std}, content := io.BytesIO())
-    stand_in = "" if data.name == DATASET else "offline-"
-    write_whole(config.save.with_name(stand_in + config.save.name), content.getvalue())
+    name = config.save.name if data.name == DATASET else f"offline-{config.save.name}"
+    print(f"saved {write_whole(config.save.with_name(name), content.getvalue())}")
 
 
 def use_saved_net(config: Config) -> dict:
-    """Score the net in the file `config.load` again, or read pictures with it; runs no code."""
+    """Score the net in the file `config.load` again, or read pictures; runs no code from it."""
     try:
         if zipfile.ZipFile(config.load).testzip():  # torch.load does not look at the checksums
             raise ValueError("its checksum is wrong")

@@ -1,7 +1,7 @@
 """A hand-rolled tanh RNN that reads Fashion-MNIST images row by row; also as a GRU or an LSTM.
 
 An image is a sequence of 28 rows of 28 pixels. A small network encodes each row as x_t, and the
-recurrent layer carries one state h through the picture, from top to bottom, to be classified:
+recurrent layer carries one state h from top to bottom; its mean and maximum are classified:
 
     h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
 
@@ -57,7 +57,7 @@ class Config:
     batch_size: int = 256  # images in one gradient step
     lr: float = 3e-3  # peak learning rate: it rises to this, then falls to zero
     clip_norm: float = 1.0  # a longer gradient is scaled down to this length
-    ema: float = 0.06  # share of all steps that the weights' running mean, which is scored, spans
+    ema: float = 0.06  # the weights' running mean over this share of the steps is scored; 0: none
     weight_decay: float = 0.01  # AdamW's pull of the weights towards zero
     label_smoothing: float = 0.05  # share of each target spread over all ten classes
     mirror: bool = True  # mirror images left to right at random in training
@@ -83,7 +83,7 @@ class Config:
 
 
 # ------------------------------------------- model -------------------------------------------- #
-# A cell is one step, from p = W_ih x_t + b_ih (B, G H) and the state h, c (B, H) to the next state.
+# A cell: from p = W_ih x_t + b_ih (B, G H), G blocks of weights, and h, c (B, H) to the next h, c.
 
 
 def tanh_cell(p: Tensor, h: Tensor, c: Tensor, W_hh: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def lstm_cell(p: Tensor, h: Tensor, c: Tensor, W_hh: Tensor, b_hh: Tensor) -> tu
 class RecurrentLayer(nn.Module):
     """torch.nn.RNN, GRU or LSTM of one layer and direction, with their parameter names.
 
-    The state starts at zero (or `state`) in every call: no batch leaves one to the next. Shapes:
+    The state starts at zero (or `state`) in every call: nothing goes on to the next batch. Shapes:
     x (T, B, input_size) -> output (T, B, H) and the last h_n (1, B, H), for the LSTM (h_n, c_n).
     """
 
@@ -210,7 +210,7 @@ def train_epoch(model: nn.Module, data: Data, config: Config, adamw: AdamW, epoc
     order = torch.randperm(n, device=device)[: steps * config.batch_size]
     batches = tqdm(order.split(config.batch_size), f"epoch {epoch}", leave=False, disable=None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-    losses = []  # stay on the device: to look at one would make a GPU wait
+    losses = []  # kept on the device: to look at one, the CPU would wait for the GPU in every step
     model.train()
     for step, batch in enumerate(batches, start=(epoch - 1) * steps):
         adamw.param_groups[0]["lr"] = learning_rate(step, config.epochs * steps, config.lr)
@@ -222,14 +222,14 @@ def train_epoch(model: nn.Module, data: Data, config: Config, adamw: AdamW, epoc
         adamw.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        adamw.step()
+        adamw.step()  # then its hook, set in `train`, moves the running mean
         losses.append(F.cross_entropy(logits.detach(), labels))
-    return torch.stack(losses).cpu()  # here the CPU waits for the GPU, once an epoch
+    return torch.stack(losses).cpu()  # here the CPU waits for the GPU
 
 
 def train(model: nn.Module, data: Data, config: Config) -> list[Epoch]:
-    """Fit `model` with AdamW, load its best epoch's weights; Ctrl-C ends it with fewer epochs."""
-    adamw = AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
+    """Fit `model` with AdamW, load what validated best; Ctrl-C ends it with fewer epochs."""
+    adamw = AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)  # lr: each step
     decay = 1 - 1 / max(1, config.ema * config.epochs * len(data.train_labels) / config.batch_size)
     ema = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
     adamw.register_step_post_hook(lambda *_: ema.update_parameters(model))  # after each step
@@ -245,8 +245,8 @@ def train(model: nn.Module, data: Data, config: Config) -> list[Epoch]:
             break
         train_loss, val_loss = losses.mean().item(), F.cross_entropy(logits, data.val_labels).item()
         if not math.isfinite(train_loss + val_loss):
-            step = 1 + losses.isfinite().sum()
-            raise UserError(f"the loss of epoch {epoch}, step {step} is NaN or infinite: lower lr")
+            step = losses.isfinite().sum()
+            raise UserError(f"loss NaN or infinite after step {step} of epoch {epoch}: lower lr")
         val_accuracy = (logits.argmax(1) == data.val_labels).float().mean().item()
         if (val_accuracy, -val_loss) > best:  # among equals the lower loss
             best, weights = (val_accuracy, -val_loss), copy.deepcopy(ema.module.state_dict())
@@ -284,7 +284,7 @@ def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
 
 
 def main(config: Config, draw: bool = True) -> dict:
-    """Train, score the test set once, draw; returns the results, after Ctrl-C raises again."""
+    """Train, score the test set once, draw, return the results; after Ctrl-C, raise at the end."""
     if config.load:
         return use_saved_net(config)
     torch.manual_seed(config.seed)
@@ -292,11 +292,11 @@ def main(config: Config, draw: bool = True) -> dict:
     check_writable(config.images_dir / "part2", config.save)  # now, not after minutes of training
     data = load_data(config, device)
     model = RowRNN(config).to(device)
-    counts = (f"{len(x):,}" for x in (data.train_labels, data.val_labels, data.test_labels))
-    print("{}: {} training, {} validation, {} test images".format(data.name, *counts), end="; ")
+    sizes = f"{len(data.train_labels):,} training, {len(data.val_labels):,} validation"
+    print(f"{data.name}: {sizes}, {len(data.test_labels):,} test images", end="; ")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; device {device}")
     history = train(model, data, config)
-    probabilities = predict(model, data.test_images).softmax(1)  # the one look at the test set
+    probabilities = predict(model, data.test_images).softmax(1)  # once: nothing is chosen by it
     results = score(data.test_labels, probabilities.argmax(1), data.class_names)
     results |= {"dataset": data.name, "probabilities": probabilities, "history": history}
     results |= {"epochs_run": len(history), "train_seconds": history[-1].seconds}
@@ -401,18 +401,18 @@ def gradient_by_step(model: RowRNN, data: Data) -> np.ndarray:
 
 def gradient_figure(model: RowRNN, data: Data, config: Config, title: str) -> Figure:
     """`gradient_by_step` of the net, and of untrained ones that read out the last state alone."""
-    figure, axes = new_figure(f"{title}\nuntrained nets: the last state is read", (10, 5))
-    last = replace(config, readout="last", bidirectional=False, orthogonal=True)
-    nets = {"trained, all states read": model}
-    nets["tanh, W_hh random"] = RowRNN(replace(last, cell="tanh", orthogonal=False))
-    cell = {"tanh, orthogonal": "tanh", "GRU": "gru", "LSTM": "lstm", "LSTM, forget bias 1": "lstm"}
+    figure, axes = new_figure(f"{title}\nuntrained: as PyTorch starts, last state read", (10, 5))
+    last = replace(config, readout="last", bidirectional=False, orthogonal=False)
+    nets = {f"trained {config.cell}, readout {config.readout}": model}
+    nets["tanh, W_hh orthogonal"] = RowRNN(replace(last, cell="tanh", orthogonal=True))
+    cell = {"tanh": "tanh", "GRU": "gru", "LSTM": "lstm", "LSTM, forget bias 1": "lstm"}
     nets |= {name: RowRNN(replace(last, cell=cell[name])) for name in cell}
     nets["LSTM, forget bias 1"].rnns[0].bias_hh_l0.detach().chunk(4)[1].fill_(1)
     for name, net in nets.items():
         norms = gradient_by_step(net.to(data.val_images.device), data)
         label = f"{name}: first over last {norms[0] / norms[-1]:.1e}"
         axes.plot(range(1, len(norms) + 1), norms, "o-", markersize=4, label=label)
-    axes.set(xlabel="step t, from the top row down", ylabel="mean norm of dL/dx_t", yscale="log")
+    axes.set(xlabel="step t, from the top down", ylabel="mean norm of dL/d(row t)", yscale="log")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -437,8 +437,8 @@ def save_net(model: nn.Module, data: Data, config: Config, note: str) -> None:
     saved = {"net": {name: getattr(config, name) for name in NET}, "weights": model.state_dict()}
     saved |= {"dataset": data.name, "class_names": data.class_names, "note": note}
     torch.save(saved | {"mean": data.mean, "std": data.std}, content := io.BytesIO())
-    stand_in = "" if data.name == DATASET else "offline-"
-    write_whole(config.save.with_name(stand_in + config.save.name), content.getvalue())
+    name = config.save.name if data.name == DATASET else f"offline-{config.save.name}"
+    print(f"saved {write_whole(config.save.with_name(name), content.getvalue())}")
 
 
 def use_saved_net(config: Config) -> dict:

@@ -113,17 +113,16 @@ def attention(
 def split_heads(x: Tensor, n_head: int) -> Tensor:
     """Cut each token's row into heads: (B, T, n_head d) -> (B, n_head, T, d).
 
-    Four tokens, two heads of one number. Each head gets     token 0: a0 b0     a: a0 a1 a2 a3
-    its number of every token. x.view(B, n_head, T, d) has   token 1: a1 b1     b: b0 b1 b2 b3
-    the same shape, but its first head would be a0 b0 a1     token 2: a2 b2
-    b1: both heads of two tokens, and nothing of the rest.   token 3: a3 b3
+    Four tokens, two heads of one number each: a0 b0 | a1 b1 | a2 b2 | a3 b3 become a0 a1 a2 a3 and
+    b0 b1 b2 b3. x.view(B, n_head, T, d) has the same shape, but its first head would be a0 b0 a1
+    b1: both heads of two tokens, and nothing of the rest.
     """
     B, T, _ = x.shape
     return x.view(B, T, n_head, -1).transpose(1, 2)
 
 
 class KVCache:
-    """Keeps what is needed of up to max_len tokens, in memory that is allocated once."""
+    """Keys and values, or MLA's c, of up to max_len tokens, in memory that is allocated once."""
 
     def __init__(self, max_len: int) -> None:
         self.max_len, self.length, self.memory = max_len, 0, []
@@ -134,7 +133,7 @@ class KVCache:
         if not self.memory:  # the first token allocates it all
             self.memory = [x.new_zeros(*x.shape[:-2], self.max_len, x.shape[-1]) for x in new]
         for memory, x in zip(self.memory, new, strict=True):
-            memory[..., self.length : end, :] = x
+            memory.narrow(-2, self.length, x.shape[-2]).copy_(x)  # an error beyond max_len
         self.length = end
         return [memory[..., :end, :] for memory in self.memory]
 
@@ -219,20 +218,20 @@ FACTORS = (1, 3, 7)  # with inverses modulo 10, so each digit can move the label
 def draw_sequences(n: int, config: Config, stream: Generator) -> Sequences:
     """Draw n sequences on the stream's device. What a token wants stands before it.
 
-    Three tokens, two lookups. Token 2 wants    token            0  1  2
-    1 in A (token 0: 7) and 2 in B (token 1:    names, A         1  0  2
-    5); its label is 1 * 7 + 3 * 5 = 2 mod 10.  names, B         0  2  1
-    The first token, with nobody before it,     digit            7  5  8
-    wants itself, and token 1 the first one.    wanted, A and B  1 0  1 0  1 2
+    Three tokens, two lookups. Token 2 wants    token     0  1  2
+    1 in A (token 0: 7) and 2 in B (token 1:    names, A  1  0  2    wanted, A  1  1  1
+    5); its label is 1 * 7 + 3 * 5 = 2 mod 10.  names, B  0  2  1    wanted, B  0  0  2
+    The first token, with nobody before it,     digit     7  5  8
+    wants itself, and token 1 the first one.
     """
     T, L, device = config.seq_len, config.lookups, stream.device
     names = torch.rand(n, L, T, generator=stream, device=device).argsort(2)
     digit = torch.randint(10, (n, T), generator=stream, device=device)
     token = torch.arange(T, device=device)
     where = (torch.rand(n, L, T, generator=stream, device=device) * token).long()  # 0 .. t - 1
-    factors = torch.tensor(FACTORS[:L], device=device)[:, None]  # (L, 1)
     found = digit[:, None].expand(n, L, T).gather(2, where)  # (N, L, T)
-    return Sequences(names, names.gather(2, where), digit, where, (factors * found).sum(1) % 10)
+    label = sum(factor * found[:, i] for i, factor in enumerate(FACTORS[:L])) % 10  # (N, T)
+    return Sequences(names, names.gather(2, where), digit, where, label)
 
 
 class LookupNet(nn.Module):
@@ -258,7 +257,7 @@ class LookupNet(nn.Module):
     def forward(self, data: Sequences, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         start = 0 if cache is None else cache.length
         end = start + data.digit.shape[1]
-        mask = self.causal[start:end, :end]  # for one more token: all that is held
+        mask = self.causal[start:end, :end]  # (T, S); for one more token all True
         y, weights = self.attention(self.embed(data), mask, cache)
         return self.mlp(y), weights
 
@@ -275,7 +274,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def learn(net: LookupNet, config: Config, stream: Generator, adamw: AdamW, steps: range) -> Tensor:
     """Gradient steps on sequences that the stream draws; returns each step's loss, (steps,)."""
     net.train()
-    losses = []  # stay on the device: to look at one would make a GPU wait
+    losses = []  # kept on the device: to look at one, the CPU would wait for the GPU in every step
     for step in tqdm(steps, f"steps to {steps.stop}", leave=False, disable=None):
         adamw.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
         batch = draw_sequences(config.batch_size, config, stream)
@@ -289,9 +288,9 @@ def learn(net: LookupNet, config: Config, stream: Generator, adamw: AdamW, steps
 
 
 def train(net: LookupNet, config: Config, validation: Sequences, stream: Generator) -> list:
-    """Fit `net` with AdamW, validate 15 times, load the best weights; Ctrl-C ends it with fewer."""
-    adamw = AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)
-    every, history, best, start = max(1, config.steps // 15), [], (-1.0, 0.0), time.perf_counter()
+    """Fit `net` with AdamW, validate up to 15 times, load the best weights; Ctrl-C ends it."""
+    adamw = AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)  # lr: each step
+    every, history, best, start = math.ceil(config.steps / 15), [], (-1.0, 0.0), time.perf_counter()
     print(" step  train loss  val loss  val accuracy         lr  seconds")
     for done in range(0, config.steps, every):
         end = min(done + every, config.steps)
@@ -304,8 +303,8 @@ def train(net: LookupNet, config: Config, validation: Sequences, stream: Generat
         train_loss = losses.mean().item()
         val_accuracy = (logits.argmax(2) == validation.label).float().mean().item()
         if not math.isfinite(train_loss + val_loss):
-            step = 1 + done + losses.isfinite().sum()
-            raise UserError(f"the loss of step {step} is NaN or infinite: lower lr")
+            step = done + losses.isfinite().sum()
+            raise UserError(f"loss NaN or infinite after step {step}: lower lr")
         if (val_accuracy, -val_loss) > best:  # among equals the lower loss
             best, weights = (val_accuracy, -val_loss), copy.deepcopy(net.state_dict())
         history.append(Validation(end, val_loss, val_accuracy, time.perf_counter() - start))
@@ -361,9 +360,9 @@ def main(config: Config, draw: bool = True) -> dict[str, dict]:
         torch.manual_seed(config.seed)
         net = LookupNet(make_attention(name, config), config).to(device)
         print(f"\n{name}: {cached_numbers(net)} numbers cached for a token; device {device}")
-        history = train(net, config, validation, stream.clone_state())
+        history = train(net, config, validation, stream.clone_state())  # the same draws for each
         if history:
-            logits, weights = predict(net, test)  # the one look at the test sequences
+            logits, weights = predict(net, test)  # once: nothing is chosen by it
             results[name] = score(test.label.flatten(), logits.argmax(2).flatten(), DIGITS)
             results[name] |= {
                 "dataset": f"{config.lookups} lookups", "train_seconds": history[-1].seconds,
@@ -416,10 +415,10 @@ def print_tables(results: dict[str, dict], note: str) -> None:
         print(f"\n{name}, test sequences{note}\n{row['report']}")
     print("variant  cached  accuracy  precision  recall      f1  to 99 %  seconds  alignment")
     for name, row in results.items():
-        scores = "  ".join(f"{row[key]:.4f}" for key in ("accuracy", "precision", "recall", "f1"))
-        scores = f"{cached_numbers(row['net']):6}    {scores}  {row['steps_to_99']:7.0f}"
+        scores = "{accuracy:8.4f}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}".format(**row)
+        scores = f"{cached_numbers(row['net']):6}  {scores}  {row['steps_to_99']:7.0f}"
         print(f"{name:7}  {scores}  {row['train_seconds']:7.1f} ", *np.round(row["alignment"], 2))
-    worst = max((row["decode_difference"] for row in results.values()), default=0)
+    worst = max(row["decode_difference"] for row in results.values())
     print(f"token by token from the cache, all logits are within {worst:.0e} of these")
 
 
@@ -488,7 +487,7 @@ def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
         left.plot([x] * len(rows), y, f"oC{i}", alpha=0.6)
         left.annotate(name, (x, y[0]), (7, -6 * i), textcoords="offset points", color=f"C{i}")
         steps = np.mean([row["steps_to_99"] for row in rows])
-        label = f"{name}: {'never' if math.isnan(steps) else f'{steps:,.0f}'}"
+        label = f"{name}: {'not always' if math.isnan(steps) else f'{steps:,.0f}'}"
         for row in rows:
             step, _, val_accuracy, _ = np.array(row["history"]).T
             right.plot(step, 100 * val_accuracy, f".-C{i}", label=label if row is rows[0] else None)
@@ -525,7 +524,7 @@ def decode_figure(names: list[str], config: Config, device: torch.device) -> Fig
             contexts, milliseconds, "o-", label=f"{name}: {size} MiB, {milliseconds[-1]:.1f} ms"
         )
     axes.set(xlabel="tokens in the cache", ylabel="milliseconds", yscale="log")
-    axes.legend(title=f"{longest:,} tokens: read in a step, time")
+    axes.legend(title=f"{longest:,} tokens: cache, time of a step")
     return figure
 
 
