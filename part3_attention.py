@@ -486,8 +486,9 @@ def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
         x, y = cached_numbers(rows[0]["net"]), [100 * row["accuracy"] for row in rows]
         left.plot([x] * len(rows), y, f"oC{i}", alpha=0.6)
         left.annotate(name, (x, y[0]), (7, -6 * i), textcoords="offset points", color=f"C{i}")
-        steps = np.mean([row["steps_to_99"] for row in rows])
-        label = f"{name}: {'not always' if math.isnan(steps) else f'{steps:,.0f}'}"
+        steps = [row["steps_to_99"] for row in rows]
+        mean = "not always" if np.isnan(steps).any() else f"{np.mean(steps):,.0f}"
+        label = f"{name}: {'never' if np.isnan(steps).all() else mean}"
         for row in rows:
             step, _, val_accuracy, _ = np.array(row["history"]).T
             right.plot(step, 100 * val_accuracy, f".-C{i}", label=label if row is rows[0] else None)
