@@ -159,9 +159,9 @@ class RowRNN(nn.Module):
         x = x.unfold(1, self.rows, self.config.rows_per_step)  # (B, T, 28, rows)
         x = self.encoder(x.permute(1, 0, 3, 2).flatten(2))  # (T, B, E): time comes first
         h = [rnn(x.flip(0) if up else x)[0] for up, rnn in enumerate(self.rnns)]  # (T, B, H) each
-        last = self.config.readout == "last"
-        seen = [s[-1] for s in h] if last else [s.mean(0) for s in h] + [s.amax(0) for s in h]
-        return self.classifier(torch.cat(seen, 1))  # (B, 10)
+        if self.config.readout == "last":
+            return self.classifier(torch.cat([s[-1] for s in h], 1))  # (B, 10)
+        return self.classifier(torch.cat([s.mean(0) for s in h] + [s.amax(0) for s in h], 1))
 
 
 # -------------------------------------------- data -------------------------------------------- #
