@@ -295,9 +295,9 @@ def learn(net: LookupNet, config: Config, stream: Generator, adamw: AdamW, steps
 
 
 def train(net: LookupNet, config: Config, validation: Sequences, stream: Generator) -> list:
-    """Fit `net` with AdamW, validate up to 15 times, load the best weights; Ctrl-C ends it."""
+    """Fit `net` with AdamW, validate at every fifteenth of it, load the best; Ctrl-C ends it."""
     adamw = AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)  # lr: each step
-    every, history, best, start = math.ceil(config.steps / 15), [], (-1.0, 0.0), time.perf_counter()
+    every, history, best, start = max(1, config.steps // 15), [], (-1.0, 0.0), time.perf_counter()
     print(" step  train loss  val loss  val accuracy         lr  seconds")
     for done in range(0, config.steps, every):
         end = min(done + every, config.steps)
