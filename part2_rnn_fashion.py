@@ -401,7 +401,7 @@ def gradient_by_step(model: RowRNN, data: Data) -> np.ndarray:
 
 def gradient_figure(model: RowRNN, data: Data, config: Config, title: str) -> Figure:
     """`gradient_by_step` of the net, and of untrained ones that read out the last state alone."""
-    figure, axes = new_figure(f"{title}\nuntrained: as PyTorch starts, last state read", (10, 5))
+    figure, axes = new_figure(f"{title}\ngradient by row; untrained nets: last state read", (10, 5))
     last = replace(config, readout="last", bidirectional=False, orthogonal=False)
     nets = {f"trained {config.cell}, readout {config.readout}": model}
     nets["tanh, W_hh orthogonal"] = RowRNN(replace(last, cell="tanh", orthogonal=True))

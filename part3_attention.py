@@ -9,7 +9,7 @@ or makes its own from a few cached numbers (MLA). What does each way save, and w
     python part3_attention.py          # train and score every variant, draw; --help has settings
     python part3_attention.py --study  # then go on from the trained MHA to GQA and MQA
 
-Expect 100 % for MHA, GQA-2, MLA-32, 63 for MHA-2, 44 for MQA; 90 s. The lesson ends with `main`.
+Expect 100 % for MHA, GQA-2, MLA-32, 63 for MHA-2, 44 for MQA in 2 min. The lesson ends with `main`.
 
 References: Vaswani et al. 2017 (MHA); Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA); DeepSeek-V2.
 """
@@ -295,7 +295,7 @@ def learn(net: LookupNet, config: Config, stream: Generator, adamw: AdamW, steps
 
 
 def train(net: LookupNet, config: Config, validation: Sequences, stream: Generator) -> list:
-    """Fit `net` with AdamW, validate at every fifteenth of it, load the best; Ctrl-C ends it."""
+    """Fit `net` with AdamW, validate every 15th of the steps, load the best; Ctrl-C ends it."""
     adamw = AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)  # lr: each step
     every, history, best, start = max(1, config.steps // 15), [], (-1.0, 0.0), time.perf_counter()
     print(" step  train loss  val loss  val accuracy         lr  seconds")
