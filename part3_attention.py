@@ -2,29 +2,26 @@
 
     attention(Q, K, V) = softmax(Q K^T / sqrt(d)) V             (Vaswani et al. 2017, equation 1)
 
-A model that writes keeps the keys and values of all earlier tokens: the KV cache. Every query head
-has a key/value head of its own (MHA), shares one with its group (GQA) or with all the others (MQA),
-or makes its own from a few cached numbers (MLA). What does each way save, and what does it cost?
+A model that writes keeps the keys and values of all earlier tokens: the KV cache. Every query
+head has a key/value head of its own (MHA), shares one with its group (GQA) or with all others
+(MQA), or makes its own from a few cached numbers (MLA). How is a cache spent best?
 
-    python part3_attention.py          # train and score every variant, draw; --help has settings
-    python part3_attention.py --study  # then go on from the trained MHA to GQA and MQA
+    python part3_attention.py    # train and score every variant, draw; --help has every setting
 
-Expect 100 % for MHA, GQA-2, MLA-32, 63 for MHA-2, 44 for MQA in 2 min. The lesson ends with `main`.
-
-References: Vaswani et al. 2017 (MHA); Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA); DeepSeek-V2.
+Expect two minutes on a CPU; the lesson ends with `main`. References: Vaswani et al. 2017 (MHA);
+Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA); DeepSeek-V2, arXiv 2405.04434 (MLA).
 """
 
-import contextlib
 import copy
-import io
 import math
-import os
 import sys
+import textwrap
 import time
-from collections import namedtuple
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,53 +29,48 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from sklearn.metrics import classification_report
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
+from sklearn.metrics import classification_report, confusion_matrix
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+FACTORS = (1, 2, 3)  # of the three digits that a token finds
+MODULUS = 11  # a prime, so no sum of factors cancels a digit that is found twice
+CLASS_NAMES = [str(label) for label in range(MODULUS)]
+ROW = "{step:5}  {train_loss:10.4f}  {val_loss:8.4f}  {val_accuracy:12.4f}  {seconds:7.1f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"validate_default": True, "allow_inf_nan": False})
 class Config:
     """Every setting of a run. Edit a default here, or pass the flag of the same name."""
 
-    d_model: int = 64  # numbers that stand for one token
-    n_head: int = 8  # query heads, of d_model / n_head numbers each
-    n_kv_head: tuple[int, ...] = (8, 2, 1)  # key/value heads of MHA, GQA and MQA
-    kv_latent: tuple[int, ...] = (32,)  # numbers that MLA caches for a token; () for no MLA
-    lookups: int = 3  # tokens that each token has to find
-    seq_len: int = 10  # tokens in a sequence
-    steps: int = 1500  # gradient steps for each variant
-    batch_size: int = 128  # sequences in one gradient step, drawn fresh each time
-    lr: float = 3e-3  # peak learning rate: it rises to this, then falls to zero
-    weight_decay: float = 0.01  # AdamW's pull of the weights towards zero
-    seed: int = 0  # of the sequences and the weights
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else the CPU
+    d_model: PositiveInt = 64  # numbers that stand for one token
+    n_head: PositiveInt = 8  # query heads
+    n_kv_head: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 2, 1)  # to share
+    head_dim: PositiveInt = 8  # numbers in a query, and in a key
+    value_dim: PositiveInt = 8  # numbers in a value
+    cache: tuple[PositiveInt, ...] = (32,)  # numbers for a token, to be spent in every way
+    lookups: Literal[1, 2, 3] = 3  # tokens that each token has to find
+    seq_len: Annotated[int, Field(ge=2)] = 10  # tokens in a sequence
+    steps: PositiveInt = 1500  # gradient steps for each variant
+    batch_size: PositiveInt = 128  # sequences in one gradient step, drawn fresh each time
+    lr: PositiveFloat = 3e-3  # peak learning rate: it rises to this, then falls to zero
+    weight_decay: NonNegativeFloat = 0.01  # AdamW's pull of the weights towards zero
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the sequences and the weights
+    seeds: PositiveInt = 1  # runs of the command line, with seed, seed + 1, ...
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, MPS or CPU
     images_dir: Path = Path("images")  # where the figures go
-    seeds: int = 1  # runs, with seed, seed + 1, ...; several end with mean and standard deviation
-    study: bool = False  # also go on from the trained MHA, converted to GQA and MQA
 
     def __post_init__(self) -> None:
-        limits = {
-            "d_model": (1, 16384), "n_head": (1, 256), "n_kv_head": (1, 256), "seq_len": (2, 128),
-            "kv_latent": (1, 16384), "lookups": (1, 3), "steps": (1, 10_000_000),
-            "batch_size": (1, 1_000_000), "lr": (1e-9, math.inf), "weight_decay": (0, math.inf),
-            "seed": (0, 2**32 - 1), "seeds": (1, 1000),
-        }  # fmt: skip
-        check_fields(self, limits)
-        n, c = self.n_kv_head, self.kv_latent
-        if not n or len(set(n)) < len(n) or any(self.n_head % divisor for divisor in n):
-            raise UserError(f"n_kv_head is {n}: give different divisors of n_head = {self.n_head}")
-        if len(set(c)) < len(c):
-            raise UserError(f"kv_latent is {c}: give different numbers")
-        if self.d_model % self.n_head != 0:
-            raise UserError(f"d_model is {self.d_model}: no multiple of n_head = {self.n_head}")
-        if self.study and self.n_head not in n:
-            raise UserError(f"study is on: n_kv_head must hold n_head = {self.n_head}, for MHA")
+        for n in self.n_kv_head:
+            if self.n_head % n != 0:
+                raise UserError(f"n_head is {self.n_head}: n_kv_head {n} does not divide it")
+            if any(numbers % (2 * n) for numbers in self.cache):
+                raise UserError(f"cache is {self.cache}: not all are multiples of {2 * n}")
 
 
-# ----------------------------------------- attention ------------------------------------------ #
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -89,25 +81,30 @@ def attention(
         k = k.repeat_interleave(n_head // n_kv_head, 1)
         v = v.repeat_interleave(n_head // n_kv_head, 1)
 
-    Here the queries of a group are laid one below the other instead and meet K1 in one product: the
-    same numbers, and k and v are not copied. The mask is True where a query may attend, one token
-    at least, for a row of only -inf becomes NaN; `scale` is 1 / sqrt(d) if it is not given.
-    Shapes: q (B, n_head, T, d), k, v (B, n_kv_head, S, d), mask broadcastable to (B, n_head, T, S)
-        -> output (B, n_head, T, d), weights (B, n_head, T, S); ValueError if heads do not divide
+    Here the queries of a group are laid one below the other instead and meet K1 in one product:
+    the same numbers, and k and v are not copied. The mask is True where a query may attend; one
+    that may attend to nothing gets zeros. `scale` is 1 / sqrt(d) if it is not given.
+    Shapes: q (B, n_head, T, d), k (B, n_kv_head, S, d), v (B, n_kv_head, S, d_v), mask to be
+        broadcast to (B, n_head, T, S) -> output (B, n_head, T, d_v), weights (B, n_head, T, S)
     """
     B, n_head, T, d = q.shape
     n_kv_head, S = k.shape[1:3]
     if n_head % n_kv_head != 0:
         raise ValueError(f"{n_head} query heads cannot share {n_kv_head} key/value heads evenly")
+    group = n_head // n_kv_head
     q = q / math.sqrt(d) if scale is None else q * scale
-    q = q.reshape(B, n_kv_head, -1, d)  # (B, n_kv_head, group T, d)
-    scores = (q @ k.mT).view(B, n_head, T, S)
+    q = q.reshape(B, n_kv_head, group * T, d)
+    precise = torch.promote_types(q.dtype, torch.float32)  # bfloat16 scores would be too coarse
+    scores = (q.to(precise) @ k.to(precise).mT).view(B, n_head, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    exp = torch.exp(scores - scores.detach().amax(-1, keepdim=True))  # at most 1: no overflow
-    weights = exp / exp.sum(-1, keepdim=True)  # softmax (B, n_head, T, S): each row adds up to 1
-    output = weights.view(B, n_kv_head, -1, S) @ v  # (B, n_kv_head, group T, d)
-    return output.view(B, n_head, T, d), weights
+    # softmax: exponentials over their sum. Less the row's largest score, which changes nothing,
+    # none is above 1, so none overflows; it has no gradient either, so it is detached.
+    largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(precise).min)
+    exp = torch.exp(scores - largest)
+    weights = exp / exp.sum(-1, keepdim=True).clamp(min=0.5)  # 1 or more; 0 if all is masked
+    output = weights.to(v.dtype).view(B, n_kv_head, group * T, S) @ v
+    return output.view(B, n_head, T, v.shape[-1]), weights
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
@@ -117,329 +114,487 @@ def split_heads(x: Tensor, n_head: int) -> Tensor:
     b0 b1 b2 b3. x.view(B, n_head, T, d) has the same shape, but its first head would be a0 b0 a1
     b1: both heads of two tokens, and nothing of the rest.
     """
-    B, T, _ = x.shape
-    return x.view(B, T, n_head, -1).transpose(1, 2)
+    B, T, C = x.shape
+    return x.view(B, T, n_head, C // n_head).transpose(1, 2)
+
+
+def causal_mask(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(T, S), True for what a query may see: no later token, and only where `mask` is True."""
+    earlier = k.shape[2] - q.shape[2]  # tokens before the first query
+    causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier)
+    return causal if mask is None else causal & mask
 
 
 class KVCache:
     """Keys and values, or MLA's c, of up to max_len tokens, in memory that is allocated once."""
 
     def __init__(self, max_len: int) -> None:
-        self.max_len, self.length, self.memory = max_len, 0, []
+        self.max_len = max_len
+        self.length = 0  # tokens held
+        self.memory = []
 
     def append(self, *new: Tensor) -> list[Tensor]:
-        """Add tensors (..., T, numbers); returns all that is held."""
+        """Add tensors (..., T, numbers); returns all that is held. ValueError if it is full."""
         end = self.length + new[0].shape[-2]
-        if not self.memory:  # the first token allocates it all
+        if end > self.max_len:
+            raise ValueError(f"the cache is full: it holds {self.max_len} tokens")
+        if not self.memory:  # the first tokens allocate it all
             self.memory = [x.new_zeros(*x.shape[:-2], self.max_len, x.shape[-1]) for x in new]
         for memory, x in zip(self.memory, new, strict=True):
-            memory.narrow(-2, self.length, x.shape[-2]).copy_(x)  # an error beyond max_len
+            memory[..., self.length : end, :] = x
         self.length = end
         return [memory[..., :end, :] for memory in self.memory]
 
 
 class GroupedQueryAttention(nn.Module):
-    """Multi-head (n_kv_head = n_head), multi-query (1) and grouped-query attention (between them).
+    """Multi-head (n_kv_head = n_head), multi-query (1), grouped-query attention (in between).
 
-    Shapes: x (B, T, d_model), mask (T, S) -> y (B, T, d_model), weights (B, n_head, T, S)
+    Causal; `mask` hides more. x (B, T, d_model) -> y (B, T, d_model), weights (B, n_head, T, S)
     """
 
-    def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int) -> None:
+    def __init__(
+        self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, value_dim: int
+    ) -> None:
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
+        self.n_head = n_head
+        self.n_kv_head = n_kv_head
+        self.cached = n_kv_head * (head_dim + value_dim)  # numbers for a token
+        self.way = f"key/value heads: {n_kv_head}"
         self.q_proj = nn.Linear(d_model, n_head * head_dim, bias=False)
         self.k_proj = nn.Linear(d_model, n_kv_head * head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, n_kv_head * head_dim, bias=False)
-        self.o_proj = nn.Linear(n_head * head_dim, d_model, bias=False)
+        self.v_proj = nn.Linear(d_model, n_kv_head * value_dim, bias=False)
+        self.o_proj = nn.Linear(n_head * value_dim, d_model, bias=False)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = split_heads(self.q_proj(x), self.n_head)  # (B, n_head, T, d)
-        k = split_heads(self.k_proj(x), self.n_kv_head)  # (B, n_kv_head, T, d); MQA: (B, 1, T, d)
-        return q, k, split_heads(self.v_proj(x), self.n_kv_head)
+        k = split_heads(self.k_proj(x), self.n_kv_head)  # (B, n_kv_head, T, d)
+        v = split_heads(self.v_proj(x), self.n_kv_head)  # (B, n_kv_head, T, d_v)
+        return q, k, v
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> tuple:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> tuple:
         q, k, v = self.heads(x)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, n_kv_head, S, d)
-        output, weights = attention(q, k, v, mask)
+            k, v = cache.append(k, v)  # (B, n_kv_head, S, d), S tokens so far
+        output, weights = attention(q, k, v, causal_mask(q, k, mask))
         return self.o_proj(output.transpose(1, 2).flatten(2)), weights  # heads side by side again
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """MLA: kv_latent numbers c of a token are cached; each head makes its key and value from them.
+    """MLA: `latent` numbers c of a token are cached; each head makes a key and value of them.
 
-    DeepSeek-V2 (arXiv 2405.04434), section 2.1.2, equations 9 to 11; it caches a rotary key as well
-    (512 + 64 numbers) and compresses queries too. Shapes as in GroupedQueryAttention.
+    DeepSeek-V2, section 2.1.2, equations 9 to 11; it caches a rotary key as well (512 + 64
+    numbers) and compresses queries too. Mask and shapes as in GroupedQueryAttention.
     """
 
-    def __init__(self, d_model: int, n_head: int, kv_latent: int, head_dim: int) -> None:
+    def __init__(
+        self, d_model: int, n_head: int, latent: int, head_dim: int, value_dim: int
+    ) -> None:
         super().__init__()
-        self.n_head, self.kv_latent, self.head_dim = n_head, kv_latent, head_dim
+        self.n_head = n_head
+        self.cached = latent  # numbers for a token
+        self.way = "latent"
         self.q_proj = nn.Linear(d_model, n_head * head_dim, bias=False)
-        self.kv_down = nn.Linear(d_model, kv_latent, bias=False)  # W_DKV
-        self.k_up = nn.Linear(kv_latent, n_head * head_dim, bias=False)  # W_UK
-        self.v_up = nn.Linear(kv_latent, n_head * head_dim, bias=False)  # W_UV
-        self.o_proj = nn.Linear(n_head * head_dim, d_model, bias=False)
+        self.kv_down = nn.Linear(d_model, latent, bias=False)  # W_DKV
+        self.k_up = nn.Linear(latent, n_head * head_dim, bias=False)  # W_UK
+        self.v_up = nn.Linear(latent, n_head * value_dim, bias=False)  # W_UV
+        self.o_proj = nn.Linear(n_head * value_dim, d_model, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> tuple:
-        q, c = split_heads(self.q_proj(x), self.n_head), self.kv_down(x)  # c: (B, T, kv_latent)
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> tuple:
+        q = split_heads(self.q_proj(x), self.n_head)  # (B, n_head, T, d)
+        c = self.kv_down(x)  # (B, T, latent)
         if cache is None:
-            k, v = split_heads(self.k_up(c), self.n_head), split_heads(self.v_up(c), self.n_head)
-            output, weights = attention(q, k, v, mask)
-        else:  # make no keys: q . (W_UK c) = (W_UK^T q) . c, which is MQA with one wide head, c
-            (c,) = cache.append(c)  # (B, S, kv_latent)
-            W_UK = self.k_up.weight.view(self.n_head, self.head_dim, -1)  # (n_head, d, kv_latent)
-            W_UV = self.v_up.weight.view(self.n_head, self.head_dim, -1)
-            output, weights = attention(q @ W_UK, c[:, None], c[:, None], mask, self.head_dim**-0.5)
-            output = output @ W_UV.mT  # (B, n_head, T, d)
+            k = split_heads(self.k_up(c), self.n_head)  # (B, n_head, T, d)
+            v = split_heads(self.v_up(c), self.n_head)  # (B, n_head, T, d_v)
+            output, weights = attention(q, k, v, causal_mask(q, k, mask))
+        else:
+            output, weights = self.decode(q, c, mask, cache)
         return self.o_proj(output.transpose(1, 2).flatten(2)), weights  # heads side by side again
 
-
-def variant_names(config: Config) -> list[str]:
-    """MHA, GQA-2, MQA, MLA-32, and MHA-2: as few heads as GQA-2 caches, but unshared."""
-    names = [{1: "MQA", config.n_head: "MHA"}.get(n, f"GQA-{n}") for n in config.n_kv_head]
-    few = [f"MHA-{n}" for n in config.n_kv_head if 1 < n < config.n_head]
-    return names + [f"MLA-{numbers}" for numbers in config.kv_latent] + few
-
-
-def make_attention(name: str, config: Config) -> nn.Module:
-    """The module called MHA, GQA-2 (key/value heads), MQA, MLA-32 (cached) or MHA-2 (two heads)."""
-    C, n_head, d = config.d_model, config.n_head, config.d_model // config.n_head
-    kind, _, number = name.partition("-")
-    if kind == "MLA":
-        return MultiHeadLatentAttention(C, n_head, int(number), d)
-    if kind == "MHA":
-        return GroupedQueryAttention(C, int(number or n_head), int(number or n_head), d)
-    return GroupedQueryAttention(C, n_head, int(number or 1), d)
+    def decode(self, q: Tensor, c: Tensor, mask: Tensor | None, cache: KVCache) -> tuple:
+        """No key is made: q . (W_UK c) = (W_UK^T q) . c, which is MQA with one wide head, c."""
+        d = q.shape[3]
+        (c,) = cache.append(c[:, None])  # (B, 1, S, latent)
+        W_UK = self.k_up.weight.view(self.n_head, d, self.cached)  # (n_head, d, latent)
+        W_UV = self.v_up.weight.view(self.n_head, -1, self.cached)  # (n_head, d_v, latent)
+        mask = causal_mask(q, c, mask)
+        output, weights = attention(q @ W_UK, c, c, mask, scale=1 / math.sqrt(d))  # as before
+        return output @ W_UV.mT, weights  # (B, n_head, T, d_v)
 
 
-# -------------------------------------------- task -------------------------------------------- #
-# N sequences of T tokens with L lookups each. names (N, L, T): each token's name in each of L
-# alphabets, a permutation of 0 .. T - 1; wanted (N, L, T): the names that each token looks for;
-# digit (N, T): 0 .. 9; where (N, L, T): the answer key, the tokens of those names; label (N, T):
-# the sum of FACTORS times the digits found, mod 10. All are int64.
-Sequences = namedtuple("Sequences", "names wanted digit where label")
-FACTORS = (1, 3, 7)  # with inverses modulo 10, so each digit can move the label to any value
+# ----------------------------------- task ------------------------------------ #
+class Sequences(NamedTuple):
+    """N sequences of T tokens with L lookups each; all are int64."""
+
+    name: Tensor  # (N, L, T): each token's name in L alphabets, a permutation of 0 .. T - 1
+    wanted_name: Tensor  # (N, L, T): the names that each token looks for
+    digit: Tensor  # (N, T): 0 .. 9
+    wanted_token: Tensor  # (N, L, T): the answer key, the tokens of those names
+    label: Tensor  # (N, T): the sum of FACTORS times the digits found, modulo MODULUS
 
 
-def draw_sequences(n: int, config: Config, stream: Generator) -> Sequences:
-    """Draw n sequences on the stream's device. What a token wants stands before it.
+def make_sequences(n: int, config: Config, generator: Generator) -> Sequences:
+    """Draw n sequences on the generator's device. What a token wants stands before it.
 
     Three tokens, two lookups. Token 2 wants    token     0  1  2
     1 in A (token 0: 7) and 2 in B (token 1:    names, A  1  0  2    wanted, A  1  1  1
-    5); its label is 1 * 7 + 3 * 5 = 2 mod 10.  names, B  0  2  1    wanted, B  0  0  2
+    5); its label is 1 * 7 + 2 * 5 = 6 mod 11.  names, B  0  2  1    wanted, B  0  0  2
     The first token, with nobody before it,     digit     7  5  8
     wants itself, and token 1 the first one.
     """
-    T, L, device = config.seq_len, config.lookups, stream.device
-    names = torch.rand(n, L, T, generator=stream, device=device).argsort(2)
-    digit = torch.randint(10, (n, T), generator=stream, device=device)
-    token = torch.arange(T, device=device)
-    where = (torch.rand(n, L, T, generator=stream, device=device) * token).long()  # 0 .. t - 1
-    found = digit[:, None].expand(n, L, T).gather(2, where)  # (N, L, T)
-    label = sum(factor * found[:, i] for i, factor in enumerate(FACTORS[:L])) % 10  # (N, T)
-    return Sequences(names, names.gather(2, where), digit, where, label)
+    T = config.seq_len
+    L = config.lookups
+    device = generator.device
+    name = torch.rand(n, L, T, generator=generator, device=device).argsort(2)
+    digit = torch.randint(10, (n, T), generator=generator, device=device)
+    wanted_token = torch.rand(n, L, T, generator=generator, device=device)
+    wanted_token = (wanted_token * torch.arange(T, device=device)).long()  # 0 .. t - 1
+    found = digit[:, None].expand(n, L, T).gather(2, wanted_token)  # (N, L, T)
+    factors = torch.tensor(FACTORS[:L], device=device)
+    return Sequences(
+        name=name,
+        wanted_name=name.gather(2, wanted_token),
+        digit=digit,
+        wanted_token=wanted_token,
+        label=(factors[:, None] * found).sum(1) % MODULUS,
+    )
 
 
 class LookupNet(nn.Module):
-    """Embed, attend once, work out the label: Sequences -> logits (N, T, 10) and the weights."""
+    """Embed, attend once, work out the label: Sequences -> logits (N, T, 11), weights."""
 
     def __init__(self, attention: nn.Module, config: Config) -> None:
         super().__init__()
-        C, T, L = config.d_model, config.seq_len, config.lookups
-        self.name = nn.ModuleList(nn.Embedding(T, C) for _ in range(L))
-        self.wanted = nn.ModuleList(nn.Embedding(T, C) for _ in range(L))
-        self.digit = nn.Embedding(10, C)
+        C = config.d_model
+        T = config.seq_len
+        L = config.lookups
+        self.name_embedding = nn.ModuleList(nn.Embedding(T, C) for _ in range(L))
+        self.wanted_embedding = nn.ModuleList(nn.Embedding(T, C) for _ in range(L))
+        self.digit_embedding = nn.Embedding(10, C)
         self.attention = attention
-        layers = nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, 10)
+        layers = nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, MODULUS)
         self.mlp = nn.Sequential(*layers)  # on the attention's output alone: no residual
-        self.register_buffer("causal", torch.ones(T, T, dtype=torch.bool).tril())  # t sees 0 .. t
 
     def embed(self, data: Sequences) -> Tensor:
-        x = self.digit(data.digit)  # (N, T, C); no position: where a token stands tells nothing
-        for i in range(len(self.name)):
-            x = x + self.name[i](data.names[:, i]) + self.wanted[i](data.wanted[:, i])
+        x = self.digit_embedding(data.digit)  # (N, T, C); where a token stands tells nothing
+        for i in range(data.name.shape[1]):
+            x = x + self.name_embedding[i](data.name[:, i])
+            x = x + self.wanted_embedding[i](data.wanted_name[:, i])
         return x
 
     def forward(self, data: Sequences, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        start = 0 if cache is None else cache.length
-        end = start + data.digit.shape[1]
-        mask = self.causal[start:end, :end]  # (T, S); for one more token all True
-        y, weights = self.attention(self.embed(data), mask, cache)
+        y, weights = self.attention(self.embed(data), cache=cache)
         return self.mlp(y), weights
 
 
-# ------------------------------------------ training ------------------------------------------ #
-Validation = namedtuple("Validation", "step val_loss val_accuracy seconds")
-
-
+# --------------------------------- training ---------------------------------- #
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear up to `peak` over the first fifth of the steps, then linear down towards zero."""
+    """Linear up to `peak` over a fifth of the steps, then linear down to nearly zero."""
     return peak * min(1.0, (step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))
 
 
-def learn(net: LookupNet, config: Config, stream: Generator, adamw: AdamW, steps: range) -> Tensor:
-    """Gradient steps on sequences that the stream draws; returns each step's loss, (steps,)."""
+def train_steps(
+    net: LookupNet, config: Config, generator: Generator, optimizer: AdamW, steps: range
+) -> float:
+    """Gradient steps on sequences that the generator draws; returns their mean loss."""
+    losses = []  # on the device: to look at one, the CPU would wait for the GPU in every step
     net.train()
-    losses = []  # kept on the device: to look at one, the CPU would wait for the GPU in every step
     for step in tqdm(steps, f"steps to {steps.stop}", leave=False, disable=None):
-        adamw.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
-        batch = draw_sequences(config.batch_size, config, stream)
-        logits, _ = net(batch)  # (B, T, 10)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
+        batch = make_sequences(config.batch_size, config, generator)
+        logits, _ = net(batch)  # (B, T, 11)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.label.flatten())
-        adamw.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        adamw.step()
+        optimizer.step()
         losses.append(loss.detach())
-    return torch.stack(losses).cpu()  # here the CPU waits for the GPU
+    return torch.stack(losses).mean().item()  # here the CPU waits for the GPU
 
 
-def train(net: LookupNet, config: Config, validation: Sequences, stream: Generator) -> list:
-    """Fit `net` with AdamW, validate every 15th of the steps, load the best; Ctrl-C ends it."""
-    adamw = AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)  # lr: each step
-    every, history, best, start = max(1, config.steps // 15), [], (-1.0, 0.0), time.perf_counter()
-    print(" step  train loss  val loss  val accuracy         lr  seconds")
-    for done in range(0, config.steps, every):
-        end = min(done + every, config.steps)
-        try:
-            losses = learn(net, config, stream, adamw, range(done, end))
-            logits, _ = predict(net, validation)
-        except KeyboardInterrupt:
-            break
-        val_loss = F.cross_entropy(logits.flatten(0, 1), validation.label.flatten()).item()
-        train_loss = losses.mean().item()
-        val_accuracy = (logits.argmax(2) == validation.label).float().mean().item()
-        if not math.isfinite(train_loss + val_loss):
-            step = done + losses.isfinite().sum()
-            raise UserError(f"loss NaN or infinite after step {step}: lower lr")
-        if (val_accuracy, -val_loss) > best:  # among equals the lower loss
-            best, weights = (val_accuracy, -val_loss), copy.deepcopy(net.state_dict())
-        history.append(Validation(end, val_loss, val_accuracy, time.perf_counter() - start))
-        row = f"{end:5d}  {train_loss:10.4f}  {val_loss:8.4f}  {val_accuracy:12.4f}  "
-        print(f"{row}{adamw.param_groups[0]['lr']:9.2e}  {history[-1].seconds:7.1f}")
-    if history:
-        net.load_state_dict(weights)
+def train(net: LookupNet, config: Config, validation: Sequences, generator: Generator) -> list:
+    """Fit `net`, validate every 15th of the steps, load the weights that validated best."""
+    optimizer = AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)
+    every = max(1, config.steps // 15)
+    history = []
+    best = None
+    start = time.perf_counter()
+    print(" step  train loss  val loss  val accuracy  seconds")
+    try:
+        for done in range(0, config.steps, every):
+            end = min(done + every, config.steps)
+            train_loss = train_steps(net, config, generator, optimizer, range(done, end))
+            logits, _ = predict(net, validation)  # (1000, T, 11)
+            row = {
+                "step": end,
+                "train_loss": train_loss,
+                "val_loss": F.cross_entropy(logits.mT, validation.label).item(),
+                "val_accuracy": (logits.argmax(2) == validation.label).float().mean().item(),
+                "seconds": time.perf_counter() - start,
+            }
+            if not math.isfinite(row["train_loss"] + row["val_loss"]):
+                raise UserError(f"the loss is NaN or infinite by step {end}: lower lr")
+            history.append(row)
+            if best is None or row["val_accuracy"] > best["val_accuracy"]:
+                best_weights = copy.deepcopy(net.state_dict())
+                best = row
+            print(ROW.format(**row))
+    except KeyboardInterrupt:  # Ctrl-C: go on with the best so far
+        if best is None:
+            raise
+        torch.set_grad_enabled(True)  # a step that was interrupted may have left it off
+    net.load_state_dict(best_weights)
     return history
 
 
 @torch.no_grad()
 def predict(net: LookupNet, data: Sequences) -> tuple[Tensor, Tensor]:
-    """Logits (N, T, 10) and attention weights (N, n_head, T, T) in evaluation mode."""
-    return net.eval()(data)
-
-
-@torch.no_grad()
-def decode(net: LookupNet, data: Sequences) -> Tensor:
-    """Logits (N, T, 10) as a model that writes gets them: token by token, from the cache."""
-    cache, logits = KVCache(max_len=data.digit.shape[1]), []
-    for t in range(cache.max_len):
-        token = Sequences(*(field[..., t : t + 1] for field in data))
-        logits.append(net.eval()(token, cache)[0])  # (N, 1, 10)
-    return torch.cat(logits, 1)
+    """Logits (N, T, 11), and how often each head looks at the right token (L, n_head)."""
+    net.eval()
+    logits = []
+    right = 0
+    for pieces in zip(*(field.split(200) for field in data), strict=True):  # 200 always fit
+        piece = Sequences(*pieces)
+        piece_logits, weights = net(piece)  # weights: (200, n_head, T, T)
+        logits.append(piece_logits)
+        found = weights.argmax(3)[:, None] == piece.wanted_token[:, :, None]
+        right = right + found.sum((0, 3))
+    return torch.cat(logits), right / data.label.numel()
 
 
 def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
-    """Accuracy and macro averages (means over the classes) of all predictions (N,) at once."""
-    labels, predictions = labels.numpy(force=True), predictions.numpy(force=True)
-    C = len(class_names)
-    matrix = np.zeros((C, C), dtype=int)
-    np.add.at(matrix, (labels, predictions), 1)  # rows: true class; columns: predicted class
-    right, predicted, true = matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)  # (C,) each
+    """Accuracy, and macro averages (means over the classes), of all predictions (N,)."""
+    matrix = confusion_matrix(labels.cpu(), predictions.cpu(), labels=range(len(class_names)))
+    right = matrix.diagonal()  # (C,)
+    predicted = matrix.sum(axis=0)  # (C,): how often each class was the answer
+    true = matrix.sum(axis=1)  # (C,): how often it should have been
     accuracy = right.sum() / matrix.sum()
     precision = right / predicted.clip(min=1)  # of all that was called c, the share that is c
     recall = right / true.clip(min=1)  # of all that is c, the share that was found
     f1 = 2 * right / (predicted + true).clip(min=1)  # = 2 P R / (P + R); 0/0 counts as 0
     return {
-        "accuracy": float(accuracy), "precision": float(precision.mean()),
-        "recall": float(recall.mean()), "f1": float(f1.mean()), "confusion_matrix": matrix,
-        "report": classification_report(labels, predictions, labels=range(C), digits=4,
-                                        target_names=class_names, zero_division=0),
-    }  # fmt: skip
+        "accuracy": float(accuracy),
+        "precision": float(precision.mean()),
+        "recall": float(recall.mean()),
+        "f1": float(f1.mean()),
+        "confusion_matrix": matrix,
+    }
 
 
-def main(config: Config, draw: bool = True) -> dict[str, dict]:
+def run_variant(
+    net: LookupNet, config: Config, generator: Generator, validation: Sequences, test: Sequences
+) -> dict:
+    """Train one variant's net and score it on the test sequences; returns its results."""
+    history = train(net, config, validation, generator)
+    logits, right = predict(net, test)  # once: nothing is chosen by it
+    predictions = logits.argmax(2)
+    return score(test.label.flatten(), predictions.flatten(), CLASS_NAMES) | {
+        "dataset": f"{config.lookups} lookups among {config.seq_len} tokens",
+        "way": net.attention.way,
+        "cached": net.attention.cached,
+        "train_seconds": history[-1]["seconds"],
+        "stopped": history[-1]["step"] < config.steps,
+        "history": history,
+        "steps_to_99": next(
+            (row["step"] for row in history if row["val_accuracy"] >= 0.99), math.nan
+        ),
+        "right_token": right.cpu(),  # (L, n_head)
+        "decode_difference": (decode(net, test) - logits).abs().max().item(),
+        "predictions": predictions.cpu(),  # (N, T)
+        "net": net,
+    }
+
+
+def main(config: Config) -> dict[str, dict]:
     """Train, score, print and draw every variant; returns each one's results by its name."""
-    device, results, note = pick_device(config.device), {}, ""
-    check_writable(config.images_dir / "part3")  # now, not after minutes of training
-    stream = Generator(device).manual_seed(config.seed)
-    test, validation = (draw_sequences(n, config, stream) for n in (2000, 1000))
-    for name in variant_names(config):
-        torch.manual_seed(config.seed)
-        net = LookupNet(make_attention(name, config), config).to(device)
-        print(f"\n{name}: {cached_numbers(net)} numbers cached for a token; device {device}")
-        history = train(net, config, validation, stream.clone_state())  # the same draws for each
-        if history:
-            logits, weights = predict(net, test)  # once: nothing is chosen by it
-            results[name] = score(test.label.flatten(), logits.argmax(2).flatten(), DIGITS)
-            results[name] |= {
-                "dataset": f"{config.lookups} lookups", "train_seconds": history[-1].seconds,
-                "steps_to_99": next((v.step for v in history if v.val_accuracy >= 0.99), math.nan),
-                "epochs_run": 1, "history": history, "net": net, "weights": weights,
-                "alignment": alignment(weights, test).amax(1).tolist(),  # of the best heads
-                "decode_difference": (decode(net, test) - logits).abs().max().item(),
-            }  # fmt: skip
-        if not history or history[-1].step < config.steps:
-            note = f", stopped in {name}"
-            break
-    if results:
-        print_tables(results, note)
-    if draw and results:
-        draw_figures(results, test, config, note)
-    if note:
-        raise KeyboardInterrupt  # what was trained is scored and drawn
-    if config.seeds > 1:
-        repeat(config, results)
-    if config.study:
-        study(config, results)
+    config.images_dir.mkdir(parents=True, exist_ok=True)  # told now if that is impossible
+    device = pick_device(config.device)
+    generator = Generator(device).manual_seed(config.seed)
+    test = make_sequences(2000, config, generator)
+    validation = make_sequences(1000, config, generator)
+    state = generator.get_state()
+    results = {}
+    try:
+        for name, make_attention in variants(config).items():
+            torch.manual_seed(config.seed)
+            net = LookupNet(make_attention(), config).to(device)
+            print(f"\n{name}: {net.attention.cached} numbers cached a token; device {device}")
+            generator.set_state(state)  # the same batches for each variant
+            results[name] = run_variant(net, config, generator, validation, test)
+            if results[name]["stopped"]:
+                break
+    except KeyboardInterrupt:  # Ctrl-C: tell those that are finished
+        if not results:
+            raise
+        list(results.values())[-1]["stopped"] = True
+    title = headline(config, results)
+    print_tables(results, test, title)
+    draw_figures(results, test, config, title)
     return results
 
 
-# ============= The lesson ends here. Below: figures, the study, devices, errors. ============== #
+# ====== The lesson ends here. Below: tables, figures, devices, the command line. ======= #
 
 
-def cached_numbers(net: LookupNet) -> int:
-    """How many numbers its attention keeps of one token."""
-    cache, weight = KVCache(max_len=1), net.attention.q_proj.weight
-    net.attention(weight.new_zeros(1, 1, weight.shape[1]), None, cache)
-    return sum(memory.numel() for memory in cache.memory)
+def variants(config: Config) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each module: MHA, GQA and MQA at one head size, then all at one cache.
+
+    MHA 8x2 has eight key/value heads, with 2 numbers a key and 2 a value; MLA 32 caches 32.
+    """
+    C = config.d_model
+    H = config.n_head
+    makers = {}
+    shapes = [(n, config.head_dim, config.value_dim) for n in config.n_kv_head]
+    for numbers in config.cache:
+        shapes += [(n, numbers // (2 * n), numbers // (2 * n)) for n in config.n_kv_head]
+    for n, d, d_v in shapes:
+        kind = {1: "MQA", H: "MHA"}.get(n, "GQA")
+        width = d if d == d_v else f"{d}+{d_v}"
+        makers[f"{kind} {n}x{width}"] = partial(GroupedQueryAttention, C, H, n, d, d_v)
+    for latent in config.cache:
+        widths = (config.head_dim, config.value_dim)
+        makers[f"MLA {latent}"] = partial(MultiHeadLatentAttention, C, H, latent, *widths)
+    return makers
 
 
-def alignment(weights: Tensor, data: Sequences) -> Tensor:
-    """(L, n_head): how often the largest of weights (N, n_head, T, T) is on the right token."""
-    return (weights.argmax(3)[:, None] == data.where[:, :, None]).float().mean((0, 3))
+@torch.no_grad()
+def decode(net: LookupNet, data: Sequences) -> Tensor:
+    """Logits (N, T, 11) as a model that writes gets them: token by token, from the cache."""
+    net.eval()
+    T = data.digit.shape[1]
+    cache = KVCache(max_len=T)
+    logits = []
+    for t in range(T):
+        token = Sequences(*(field[..., t : t + 1] for field in data))
+        logits.append(net(token, cache)[0])  # (N, 1, 11)
+    return torch.cat(logits, 1)
 
 
-def print_tables(results: dict[str, dict], note: str) -> None:
+def print_tables(results: dict[str, dict], test: Sequences, title: str) -> None:
     """Each variant's scores by class, then one row for each variant."""
     for name, row in results.items():
-        print(f"\n{name}, test sequences{note}\n{row['report']}")
-    print("variant  cached  accuracy  precision  recall      f1  to 99 %  seconds  alignment")
+        predictions = row["predictions"].flatten()
+        print_report(f"{name}, {title}", test.label.flatten(), predictions, CLASS_NAMES)
+    print("variant   cached  accuracy  precision  recall      f1  to 99 %  seconds  right token")
+    line = "{cached:6}  {accuracy:8.4f}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {steps:>7}"
     for name, row in results.items():
-        scores = "{accuracy:8.4f}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}".format(**row)
-        scores = f"{cached_numbers(row['net']):6}  {scores}  {row['steps_to_99']:7.0f}"
-        print(f"{name:7}  {scores}  {row['train_seconds']:7.1f} ", *np.round(row["alignment"], 2))
+        steps = "never" if math.isnan(row["steps_to_99"]) else row["steps_to_99"]
+        best = " ".join(f"{share:.2f}" for share in row["right_token"].amax(1))  # of all heads
+        print(f"{name:8}  {line.format(**row, steps=steps)}  {row['train_seconds']:7.1f}  {best}")
     worst = max(row["decode_difference"] for row in results.values())
     print(f"token by token from the cache, all logits are within {worst:.0e} of these")
 
 
-def draw_figures(results: dict[str, dict], test: Sequences, config: Config, note: str) -> None:
-    """Draw every figure; the decoding steps are timed here, and only here."""
-    scores = ", ".join(f"{name} {row['accuracy']:.2%}" for name, row in results.items())
-    title = f"{config.lookups} lookups among {config.seq_len} tokens{note}\ntest accuracy: {scores}"
-    worst, row = min(results.items(), key=lambda item: item[1]["accuracy"])
-    figures = {
-        "attention_heatmaps": heatmap_figure(results, test, title),
-        "confusion_matrix": confusion_figure(row["confusion_matrix"], DIGITS, f"{title}\n{worst}"),
-        "cache_tradeoff": tradeoff_figure([results], title),
-        "decode": decode_figure(list(results), config, test.digit.device),
-        "qkv": qkv_figure(results, test),
-    }
-    for name, figure in figures.items():
-        save_figure(figure, config.images_dir / f"part3_{name}.png")
+def draw_figures(results: dict[str, dict], test: Sequences, config: Config, title: str) -> None:
+    """Draw every figure; the confusion matrix is that of the least accurate variant."""
+    folder = config.images_dir
+    save_figure(heatmap_figure(results, test, title), folder / "part3_attention_heatmaps.png")
+    worst = min(results, key=lambda name: results[name]["accuracy"])
+    title_of_worst = f"{title}\n{worst}: test accuracy {results[worst]['accuracy']:.2%}"
+    figure = confusion_figure(results[worst]["confusion_matrix"], CLASS_NAMES, title_of_worst)
+    save_figure(figure, folder / "part3_confusion_matrix.png")
+    save_figure(tradeoff_figure([results], title), folder / "part3_cache_tradeoff.png")
+
+
+@torch.no_grad()
+def heatmap_figure(results: dict[str, dict], test: Sequences, title: str) -> Figure:
+    """For each lookup the truth, and the best head of each variant, on one sequence."""
+    _, L, T = test.wanted_token.shape
+    first = Sequences(*(field[:1] for field in test))
+    columns = 1 + len(results)
+    title += "\nrow: the token that asks; column: the one it looks at"
+    size = (max(8, 1.45 * columns), 1.2 + 1.75 * L)
+    figure, grid = new_figure(title, size, L, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for i in range(L):
+        truth = F.one_hot(test.wanted_token[0, i], T)
+        grid[i, 0].imshow(truth.cpu())
+        grid[i, 0].set_title(f"lookup {i + 1}\ntruth", fontsize=10)
+    for column, (name, row) in enumerate(results.items(), start=1):
+        _, weights = row["net"](first)  # (1, n_head, T, T)
+        for i in range(L):
+            share, head = row["right_token"][i].max(0)
+            grid[i, column].imshow(weights[0, head].cpu(), vmin=0, vmax=1)
+            grid[i, column].set_title(f"{name}\nhead {head}: {share:.0%}", fontsize=10)
+    return figure
+
+
+def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
+    """Accuracy over the numbers cached, a line for each way; each variant's way there."""
+    figure, (left, right) = new_figure(title, (10, 5.5), 1, 2)
+    names = list(runs[0])
+    ways = {runs[0][name]["way"]: [] for name in names}
+    for i, name in enumerate(names):
+        rows = [run[name] for run in runs]
+        accuracy = 100 * np.mean([row["accuracy"] for row in rows])
+        ways[rows[0]["way"]].append((rows[0]["cached"], accuracy))
+        steps = np.mean([row["steps_to_99"] for row in rows])
+        label = f"{name}: {'not always' if np.isnan(steps) else f'{steps:,.0f}'}"
+        for row in rows:
+            x = [point["step"] for point in row["history"]]
+            y = [100 * point["val_accuracy"] for point in row["history"]]
+            right.plot(x, y, f".-C{i}", label=label)
+            label = None  # one line in the legend is enough
+    for size, (way, points) in zip((14, 11, 8, 5, 3), ways.items(), strict=False):
+        left.plot(*zip(*sorted(points), strict=True), "o-", markersize=size, label=way)
+    left.set(xlabel="numbers cached for a token", ylabel="test accuracy (%)", ylim=(0, 105))
+    left.set_xscale("log", base=2)
+    left.legend(loc="lower right")
+    right.set(xlabel="step", ylabel="validation accuracy (%)", ylim=(0, 105))
+    right.legend(title="99 % after steps")
+    return figure
+
+
+def headline(config: Config, results: dict[str, dict]) -> str:
+    """The task, each setting that is not the default, and where Ctrl-C came."""
+    text = next(iter(results.values()))["dataset"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in PLACES:
+            text += f", {field.name} {value}"
+    if any(row["stopped"] for row in results.values()):
+        text += f", stopped in or after {list(results)[-1]}"
+    return textwrap.fill(text, 90)
+
+
+def run_seeds(config: Config) -> bool:
+    """Run `main` for each seed, tell the scores of several; True if Ctrl-C ended one."""
+    runs = []
+    try:
+        for seed in range(config.seed, config.seed + config.seeds):
+            results = main(replace(config, seed=seed))
+            if any(row["stopped"] for row in results.values()):
+                return True
+            runs.append(results)
+    finally:  # what is finished is told even if a later run is not
+        if len(runs) > 1:
+            print(f"\n{len(runs)} seeds: mean +- standard deviation (each)")
+            for variant in runs[0]:
+                for name in ("accuracy", "f1", "steps_to_99"):
+                    values = [run[variant][name] for run in runs]
+                    spread = np.std(values, ddof=1)
+                    each = ", ".join(f"{value:.4f}" for value in values)
+                    told = f"{np.mean(values):.4f} +- {spread:.4f} ({each})"
+                    print(f"{variant:9}{name:11} {told}")
+            figure = tradeoff_figure(runs, f"{len(runs)} seeds")
+            save_figure(figure, config.images_dir / "part3_cache_tradeoff.png")
+    return False
+
+
+PLACES = ("seeds", "device", "images_dir")  # settings that change no score
+
+# Parts 1 and 2 have the functions from here on, too.
+
+
+def print_report(title: str, labels: Tensor, answers: Tensor, class_names: list[str]) -> None:
+    """scikit-learn's table of precision, recall and F1 for each class."""
+    options = {"labels": range(len(class_names)), "target_names": class_names}
+    options |= {"digits": 4, "zero_division": 0}
+    report = classification_report(labels.cpu(), answers.cpu(), **options)
+    print(f"\n{title}\n{report}")
 
 
 def new_figure(title: str, size: tuple[float, float], *grid: int, **more: object) -> tuple:
-    """A figure and its axes; `grid` is rows and columns, `size` is in inches of 100 pixels."""
+    """A figure and its axes; `grid` is rows and columns, `size` in inches of 100 pixels."""
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
     return figure, figure.subplots(*grid, **more)
@@ -451,239 +606,52 @@ def confusion_figure(matrix: np.ndarray, class_names: list[str], title: str) -> 
     share = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     scale = PowerNorm(0.4, vmin=0, vmax=1)  # tells 0.1 % from 1 %
     axes.imshow(share, cmap="magma_r", norm=scale)
-    for (true, said), count in np.ndenumerate(matrix):
-        text = f"{count}\n{share[true, said]:.1%}" if count else ""
-        grey = "white" if scale(share[true, said]) > 0.5 else "black"
-        axes.text(said, true, text, ha="center", va="center", fontsize=9, color=grey)
-    axes.set_xticks(range(len(matrix)), class_names, rotation=45 * (max(map(len, class_names)) > 3))
-    axes.set(xlabel="predicted", ylabel="true", yticks=range(len(matrix)), yticklabels=class_names)
+    for (true, predicted), count in np.ndenumerate(matrix):
+        if count > 0:
+            text = f"{count}\n{share[true, predicted]:.1%}"
+            color = "white" if scale(share[true, predicted]) > 0.5 else "black"
+            axes.text(predicted, true, text, ha="center", va="center", fontsize=9, color=color)
+    axes.set_xticks(range(len(matrix)), class_names)
+    axes.set_yticks(range(len(matrix)), class_names)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(class_names[0]) > 1:
+        axes.tick_params(axis="x", labelrotation=45)
     return figure
-
-
-def heatmap_figure(results: dict[str, dict], test: Sequences, title: str) -> Figure:
-    """For each lookup the truth, and the best head of each variant, on one sequence."""
-    _, L, T = test.where.shape
-    chance = np.mean([1 / max(t, 1) for t in range(T)])  # token t has t tokens before it
-    title += (
-        f"\nrow: the token that asks, column: the one it looks at; right by chance: {chance:.0%}"
-    )
-    figure, grid = new_figure(title, (10, 1.2 + 2 * L), L, 1 + len(results), squeeze=False)
-    for i, axes in enumerate(grid):
-        axes[0].imshow(F.one_hot(test.where[0, i], T).numpy(force=True))
-        axes[0].set(title=f"lookup {i + 1}: truth", xticks=[], yticks=[])
-        for right, (name, row) in zip(axes[1:], results.items(), strict=True):
-            share, head = alignment(row["weights"], test)[i].max(0)
-            right.imshow(row["weights"][0, head].numpy(force=True), vmin=0, vmax=1)
-            right.set(title=f"{name}, head {head}\n{share:.0%} right", xticks=[], yticks=[])
-    return figure
-
-
-def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
-    """Accuracy of every seed over the numbers cached, and its way there by step."""
-    figure, (left, right) = new_figure(title, (10, 4.6), 1, 2)
-    for i, name in enumerate(runs[0]):
-        rows = [run[name] for run in runs]
-        x, y = cached_numbers(rows[0]["net"]), [100 * row["accuracy"] for row in rows]
-        left.plot([x] * len(rows), y, f"oC{i}", alpha=0.6)
-        left.annotate(name, (x, y[0]), (7, -6 * i), textcoords="offset points", color=f"C{i}")
-        steps = [row["steps_to_99"] for row in rows]
-        mean = "not always" if np.isnan(steps).any() else f"{np.mean(steps):,.0f}"
-        label = f"{name}: {'never' if np.isnan(steps).all() else mean}"
-        for row in rows:
-            step, _, val_accuracy, _ = np.array(row["history"]).T
-            right.plot(step, 100 * val_accuracy, f".-C{i}", label=label if row is rows[0] else None)
-    left.set(xlabel="numbers cached a token", ylabel="test accuracy (%)", xmargin=0.2, ymargin=0.2)
-    right.set(xlabel="step", ylabel="validation accuracy (%)")
-    figure.legend(loc="outside lower center", ncols=5, title="99 % after steps (mean)")
-    return figure
-
-
-@torch.no_grad()
-def decode_figure(names: list[str], config: Config, device: torch.device) -> Figure:
-    """Time of one more token by context, projections included: heads of 64 numbers, batch 4."""
-    title = f"One decoding step: batch 4, {config.n_head} heads of 64, float32, {device}"
-    figure, axes = new_figure(title, (10, 5))
-    wide, longest = replace(config, d_model=64 * config.n_head), min(8192, 2**18 // config.n_head)
-    for name in names:
-        if name.startswith("MLA"):
-            name = f"MLA-{math.ceil(int(name[4:]) * wide.d_model / config.d_model)}"
-        module, x = (
-            make_attention(name, wide).to(device),
-            torch.randn(4, 1, wide.d_model).to(device),
-        )
-        contexts, milliseconds = [longest // n for n in (16, 8, 4, 2, 1)], []
-        for context in contexts:
-            cache, times = KVCache(context), []
-            for _ in range(12):
-                start = time.perf_counter()
-                module(x, None, cache)[0].sum().item()  # .item() waits until the device is done
-                times.append(1e3 * (time.perf_counter() - start))
-                cache.length = context - 1  # as if all tokens but the last were there
-            milliseconds.append(np.median(times[2:]))  # the first two warm up
-        size = sum(memory.nbytes for memory in cache.memory) // 2**20
-        axes.plot(
-            contexts, milliseconds, "o-", label=f"{name}: {size} MiB, {milliseconds[-1]:.1f} ms"
-        )
-    axes.set(xlabel="tokens in the cache", ylabel="milliseconds", yscale="log")
-    axes.legend(title=f"{longest:,} tokens: cache, time of a step")
-    return figure
-
-
-@torch.no_grad()
-def qkv_figure(results: dict[str, dict], test: Sequences) -> Figure:
-    """The first variant's best head for the first lookup, on one sequence, with its numbers."""
-    name, row = next(iter(results.items()))
-    net, head = row["net"], int(alignment(row["weights"], test)[0].argmax())
-    q, k, v = net.attention.heads(net.embed(Sequences(*(field[:1] for field in test))))
-    output, weights = attention(q, k, v, net.causal)
-    kv = head * k.shape[1] // q.shape[1]
-    scores = q[0, head] @ k[0, kv].T / math.sqrt(q.shape[3])  # (T, T)
-    panels = {
-        "Q: what each token wants": q[0, head], "K: what each token is called": k[0, kv],
-        "V: what each token has to give": v[0, kv],
-        "scores = Q K^T / sqrt(d), causal": scores.masked_fill(~net.causal, math.nan),
-        "weights = softmax of each row": weights[0, head], "output = weights V": output[0, head],
-    }  # fmt: skip
-    figure, grid = new_figure(f"{name}, head {head}, one test sequence", (12, 8), 2, 3)
-    for axes, (heading, matrix) in zip(grid.flat, panels.items(), strict=True):
-        matrix = matrix[:12, :12].numpy(force=True)  # as much as can be read
-        limit = 1.4 * np.nanmax(np.abs(matrix))  # black text is readable on all of it
-        axes.imshow(matrix, aspect="auto", cmap="coolwarm", vmin=-limit, vmax=limit)
-        for (i, j), value in np.ndenumerate(matrix):
-            if not math.isnan(value):
-                axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=11)
-        across = "token looked at" if heading[0] in "sw" else "dimension"
-        axes.set(title=heading, ylabel="token", xlabel=across)
-    return figure
-
-
-def repeat(config: Config, first: dict[str, dict]) -> None:
-    """Run `main` with the next seeds too; print and draw each variant's scores by seed."""
-    runs, once = [first], replace(config, seeds=1, study=False)
-    try:
-        for seed in range(config.seed + 1, config.seed + config.seeds):
-            runs.append(main(replace(once, seed=seed % 2**32), draw=False))
-    finally:  # what is finished is told even if a later run is not
-        print(f"\ntest sequences, {len(runs)} seeds from {config.seed}: mean +- std (each)")
-        for name, row in first.items():
-            row["runs"] = [run[name] for run in runs]
-            for key, unit in (("accuracy", 100), ("f1", 100), ("steps_to_99", 1)):
-                x = unit * np.array([run[key] for run in row["runs"]])
-                each = ", ".join(f"{value:.{2 * (unit > 1)}f}" for value in x)
-                print(f"{name:6} {key:11} {x.mean():.2f} +- {x.std(ddof=len(x) > 1):.2f} ({each})")
-    figure = tradeoff_figure(runs, f"{config.lookups} lookups, {len(runs)} seeds")
-    save_figure(figure, config.images_dir / "part3_cache_tradeoff.png")
-
-
-def pool_heads(state: dict[str, Tensor], n_kv_head: int, head_dim: int) -> dict[str, Tensor]:
-    """Each key/value head becomes the mean of those it replaces (Ainslie 2023, section 2.1)."""
-    pooled = dict(state)
-    for name in ("attention.k_proj.weight", "attention.v_proj.weight"):
-        heads = state[name].unflatten(0, (n_kv_head, -1, head_dim))  # (n_kv_head, group, d, C)
-        pooled[name] = heads.mean(1).flatten(0, 1)
-    return pooled
-
-
-def study(config: Config, results: dict[str, dict]) -> None:
-    """From MHA to GQA and MQA by pooling, beside a new start: accuracy after further steps."""
-    shares, runs = (0, 5, 10, 20, 40), results["MHA"].get("runs", [results["MHA"]])
-    figure, axes = new_figure(f"From MHA by pooling key/value heads, {len(runs)} seeds", (10, 4.6))
-    print("\nfrom MHA; steps, %  " + "".join(f"{share:8}" for share in shares))
-    divisors = [n for n in range(config.n_head - 1, 0, -1) if config.n_head % n == 0]
-    for n, way in ((n, way) for n in divisors for way in ("pooled", "from scratch")):
-        name = f"GQA-{n}" if n > 1 else "MQA"
-        table = np.zeros((len(runs), len(shares)))  # accuracies in %
-        for i, j in np.ndindex(table.shape):
-            mha = runs[i]["net"]
-            stream = Generator(mha.causal.device).manual_seed(config.seed + i)
-            _, validation = (draw_sequences(n, config, stream) for n in (2000, 1000))
-            torch.manual_seed(config.seed + i)
-            net = LookupNet(make_attention(name, config), config).to(stream.device)
-            if way == "pooled":
-                net.load_state_dict(pool_heads(mha.state_dict(), n, mha.attention.head_dim))
-            if shares[j] > 0:
-                shorter = replace(config, steps=max(1, config.steps * shares[j] // 100))
-                with contextlib.redirect_stdout(None):  # no rows
-                    history = train(net, shorter, validation, stream)
-                if not history or history[-1].step < shorter.steps:
-                    raise KeyboardInterrupt
-            answers = predict(net, validation)[0].argmax(2)
-            table[i, j] = 100 * (answers == validation.label).float().mean()
-        print(f"{name:5} {way:14}" + "".join(f"{value:8.2f}" for value in table.mean(0)))
-        axes.plot(shares, table.mean(0), "o-" if way == "pooled" else "o--", label=f"{name} {way}")
-    axes.set(xlabel="further training (% of the steps)", ylabel="validation accuracy (%)")
-    axes.legend()
-    save_figure(figure, config.images_dir / "part3_study_from_mha.png")
-
-
-DIGITS = list("0123456789")
-# The rest is the same in all three parts: see test_standalone.
-
-
-class UserError(ValueError):
-    """Something the user can mend: shown as one line, without a traceback."""
-
-
-def check_fields(config: object, limits: dict[str, tuple[float, float]]) -> None:
-    """Raise UserError for a value not of its field's type, or a number not within its limits."""
-    every = CollectionCheckStrategy.ALL_ITEMS
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if "Path" in str(field.type) and isinstance(value, str | Path):  # a string will do
-            object.__setattr__(config, name, value := Path(value).expanduser())
-        try:
-            check_type(value, field.type, collection_check_strategy=every)
-        except TypeCheckError as error:
-            raise UserError(f"{name} is {value!r}, but that {error}") from None
-        low, high = limits.get(name, (-math.inf, math.inf))
-        if name in limits and not all(low <= n <= high for n in np.ravel(value)):  # as NaN is not
-            raise UserError(f"{name} is {value}: it must be from {low} to {high}")
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file under a temporary name, then rename it: nobody ever meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    return temporary.replace(path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` as a PNG, and say where."""
-    figure.savefig(png := io.BytesIO(), format="png", dpi=100)
-    print(f"drew {write_whole(path, png.getvalue())}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    print(f"drew {path}")
 
 
-def check_writable(*paths: Path | None) -> None:
-    """Raise UserError if a file could not be written at one of the paths."""
-    for path in filter(None, paths):
-        try:
-            write_whole(path.with_name(f"{path.name}.try"), b"").unlink(missing_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError(21, "it is a folder")
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): choose another") from None
+class UserError(ValueError):
+    """Something the user can mend: told in one line, without a traceback."""
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; auto is the accelerator that is there (CUDA, MPS), else the CPU."""
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name not in ("auto", "cpu", there and there.type):
-        raise UserError(f"device {name} is not available here; use --device cpu or auto")
-    return torch.device("cpu") if name == "cpu" or there is None else there
+    """The device called `name`; auto is CUDA if it is there, else MPS, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available["cpu"] = True
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    if not available[name]:
+        raise UserError(f"device {name} is not available here: use cpu or auto")
+    return torch.device(name)
 
 
 def command_line() -> None:
-    """Run `main` with the flags given; what a user can cause ends in one line, not a traceback."""
+    """Run with the flags given; exit status 1 for what a user can mend, 130 for Ctrl-C."""
+    sys.stdout.reconfigure(line_buffering=True)  # rows reach a file or a pipe at once
     try:
-        Config()  # a default that was edited into something impossible is told first
-        main(tyro.cli(Config))
+        config = tyro.cli(Config, default=Config())
+        stopped = run_seeds(config)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:
+        stopped = True
+    except (UserError, ValidationError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(f"{Path(__file__).name}: out of memory: try a smaller --batch-size, or net")
+    sys.exit(130 if stopped else 0)
 
 
 if __name__ == "__main__":
