@@ -48,7 +48,7 @@ class Config:
 
     d_model: PositiveInt = 64  # numbers that stand for one token
     n_head: PositiveInt = 8  # query heads
-    n_kv_head: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 2, 1)  # to share
+    n_kv_head: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 2, 1)  # 8: MHA, 1: MQA
     head_dim: PositiveInt = 8  # numbers in a query, and in a key
     value_dim: PositiveInt = 8  # numbers in a value
     cache: tuple[PositiveInt, ...] = (32,)  # numbers for a token, to be spent in every way
@@ -386,6 +386,7 @@ def run_variant(
     history = train(net, config, validation, generator)
     logits, right = predict(net, test)  # once: nothing is chosen by it
     predictions = logits.argmax(2)
+    solved = [row["step"] for row in history if row["val_accuracy"] >= 0.99]
     return score(test.label.flatten(), predictions.flatten(), CLASS_NAMES) | {
         "dataset": f"{config.lookups} lookups among {config.seq_len} tokens",
         "way": net.attention.way,
@@ -393,9 +394,7 @@ def run_variant(
         "train_seconds": history[-1]["seconds"],
         "stopped": history[-1]["step"] < config.steps,
         "history": history,
-        "steps_to_99": next(
-            (row["step"] for row in history if row["val_accuracy"] >= 0.99), math.nan
-        ),
+        "steps_to_99": solved[0] if solved else math.nan,
         "right_token": right.cpu(),  # (L, n_head)
         "decode_difference": (decode(net, test) - logits).abs().max().item(),
         "predictions": predictions.cpu(),  # (N, T)
