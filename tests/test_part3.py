@@ -1,246 +1,284 @@
-"""Part 3: attention against PyTorch's own, the latent variant, the cache, the task, the quality."""
+"""Part 3: attention against PyTorch's own, the modules, the cache, the task, training, quality."""
 
+import copy
 import itertools
 import math
-import random
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_config
 
 import part3_attention as part3
-from part3_attention import GroupedQueryAttention, KVCache, attention, split_heads
+from part3_attention import GroupedQueryAttention, KVCache, MultiHeadLatentAttention, attention
+
+close = partial(torch.testing.assert_close, rtol=0, atol=1e-9)
+normal = partial(torch.randn, dtype=torch.float64, requires_grad=True)
+small = part3.Config(d_model=12, seq_len=7, steps=15, batch_size=8, weight_decay=0.5)
+MODULES = {  # of four query heads, with 3 numbers a key and 2 a value
+    "MHA": partial(GroupedQueryAttention, 12, 4, 4, 3, 2),
+    "GQA": partial(GroupedQueryAttention, 12, 4, 2, 3, 2),
+    "MQA": partial(GroupedQueryAttention, 12, 4, 1, 3, 2),
+    "MLA": partial(MultiHeadLatentAttention, 12, 4, 5, 3, 2),
+}
+each_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 
 
-def causal(T):
-    return torch.ones(T, T, dtype=torch.bool).tril()
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def sequences(n, config=small):
+    return part3.make_sequences(n, config, torch.Generator().manual_seed(0))
+
+
+def double_net(make, config=small):
+    return part3.LookupNet(make(), config).double()
+
+
+def causal(T, S):
+    return torch.ones(T, S, dtype=torch.bool).tril(S - T)
 
 
 @pytest.mark.parametrize("case", range(60))
 def test_values_and_gradients_equal_scaled_dot_product_attention(case):
-    draw = random.Random(case)
+    """And zeros where a query sees nothing: there, PyTorch's versions differ."""
     torch.manual_seed(case)
-    n_kv_head = draw.choice([1, 2, 3, 4])
-    n_head = n_kv_head * draw.choice([1, 2, 3])
-    B, T, S, d = (draw.randint(1, n) for n in (4, 7, 9, 8))
-    q = torch.randn(B, n_head, T, d, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(B, n_kv_head, S, d, dtype=torch.float64, requires_grad=True) for _ in "kv")
-    mask = None
-    if case % 3:
-        shape = (B if case % 2 else 1, n_head if draw.random() < 0.5 else 1, T, S)
-        mask = torch.rand(shape) < 0.6
-        mask[..., 0] = True  # PyTorch's result for an empty row has changed between versions
-    scale = draw.choice([None, 0.7])
-    ours, weights = attention(q, k, v, mask, scale)
-    options = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
-    reference = F.scaled_dot_product_attention(q, k, v, **options)
-    assert (ours - reference).abs().max() < 1e-9
-    assert (weights.sum(-1) - 1).abs().max() < 1e-9
-    direction = torch.randn_like(ours)
-    ys = ours, reference
-    mine, torchs = (torch.autograd.grad((y * direction).sum(), (q, k, v)) for y in ys)
-    assert max((a - b).abs().max() for a, b in zip(mine, torchs, strict=True)) < 1e-9
+    B, n_kv_head, group, T, S, d, d_v = torch.randint(1, 6, (7,)).tolist()
+    n_head = n_kv_head * group
+    q = normal(B, n_head, T, d)
+    k = normal(B, n_kv_head, S, d)
+    v = normal(B, n_kv_head, S, d_v)
+    shapes = [(T, S), (B, 1, 1, S), (B, 1, T, S), (B, n_head, T, S)]
+    masks = [torch.rand(shape) < 0.5 for shape in shapes] + [None, causal(T, S)]
+    mask = masks[case % 6]
+    scale = [None, 0.7, 50][case // 6 % 3]  # at 50 one weight is nearly 1
+    output, _ = attention(q, k, v, mask, scale)
+    allowed = torch.ones(B, n_head, T, S, dtype=torch.bool) if mask is None else mask
+    some = allowed.any(-1, keepdim=True)
+    options = {"attn_mask": allowed | ~some, "scale": scale, "enable_gqa": True}
+    expected = F.scaled_dot_product_attention(q, k, v, **options) * some
+    close(output, expected)
+    direction = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, (q, k, v), direction)
+    close(gradients, torch.autograd.grad(expected, (q, k, v), direction))
 
 
-def test_a_query_with_nothing_to_attend_to_is_nan_as_torchs_is():
-    q, k, v = (torch.randn(1, 2, 3, 4) for _ in "qkv")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_query_that_sees_nothing_gets_zeros_with_zero_gradients(dtype):
+    q, k, v = torch.randn(3, 1, 2, 3, 4, dtype=dtype, requires_grad=True)
     mask = torch.ones(3, 3, dtype=torch.bool)
     mask[1] = False
     output, weights = attention(q, k, v, mask)
-    assert output[:, :, 1].isnan().all() and weights[:, :, 1].isnan().all()
-    assert output[:, :, [0, 2]].isfinite().all()
-    assert torch.full((3,), -math.inf).softmax(0).isnan().all()
+    gradients = torch.stack(torch.autograd.grad(output.sum(), (q, k, v)))
+    for zeros in (output[:, :, 1], weights[:, :, 1], gradients[0, :, :, 1]):
+        assert torch.equal(zeros, torch.zeros_like(zeros))
+    assert gradients.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_large_scores_stay_finite(size):
-    q, k = torch.eye(3).view(1, 1, 3, 3) * size, torch.eye(3).view(1, 1, 3, 3)
+    k = torch.eye(3).view(1, 1, 3, 3)
     v = torch.arange(9.0).view(1, 1, 3, 3)
-    output, weights = attention(q, k, v)
-    assert torch.equal(weights[0, 0], torch.eye(3))
+    output, weights = attention(size * k, k, v)
+    assert torch.equal(weights, k)
     assert torch.equal(output, v)
+
+
+def test_bfloat16_is_as_exact_as_torchs():
+    q, k, v = (8 * torch.randn(3, 50, 4, 9, 64)).bfloat16()
+    exact, _ = attention(q.double(), k.double(), v.double(), causal(9, 9))
+    output, _ = attention(q, k, v, causal(9, 9))
+    torchs = F.scaled_dot_product_attention(q, k, v, attn_mask=causal(9, 9))
+    assert output.dtype == torch.bfloat16
+    assert (output - exact).abs().max() < 2 * (torchs - exact).abs().max() + 0.01
 
 
 def test_heads_are_cut_within_each_token():
     x = torch.tensor([[[0, 10], [1, 11], [2, 12], [3, 13]]])
-    assert split_heads(x, 2)[0, :, :, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert part3.split_heads(x, 2)[0, :, :, 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
 
 
-@pytest.mark.parametrize("case", range(20))
+@pytest.mark.parametrize("case", range(10))
 def test_module_equals_torch_nn_multihead_attention(case):
-    draw = random.Random(case)
     torch.manual_seed(case)
-    n_head, d = draw.randint(1, 5), draw.randint(1, 6)
-    C, B, T = n_head * d, draw.randint(1, 4), draw.randint(1, 8)
-    ours = GroupedQueryAttention(C, n_head, n_head, d).double()
-    reference = torch.nn.MultiheadAttention(C, n_head, bias=False, batch_first=True).double()
-    with torch.no_grad():
-        projections = (ours.q_proj, ours.k_proj, ours.v_proj)
-        reference.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
-        reference.out_proj.weight.copy_(ours.o_proj.weight)
-    x = torch.randn(B, T, C, dtype=torch.float64, requires_grad=True)
-    mask = causal(T) if case % 2 else None
-    y, weights = ours(x, mask)
-    forbidden = None if mask is None else ~mask
-    y_ref, weights_ref = reference(x, x, x, attn_mask=forbidden, average_attn_weights=False)
-    assert (y - y_ref).abs().max() < 1e-9
-    assert (weights - weights_ref).abs().max() < 1e-9
-    direction = torch.randn_like(y)
-    ours_grad = torch.autograd.grad((y * direction).sum(), (x, *ours.parameters()))
-    parameters = (x, reference.in_proj_weight, reference.out_proj.weight)
-    ref_grad = torch.autograd.grad((y_ref * direction).sum(), parameters)
-    assert (ours_grad[0] - ref_grad[0]).abs().max() < 1e-9
-    assert (torch.cat(ours_grad[1:4]) - ref_grad[1]).abs().max() < 1e-9
-    assert (ours_grad[4] - ref_grad[2]).abs().max() < 1e-9
+    n_head, d, B, T = torch.randint(1, 7, (4,)).tolist()
+    C = n_head * d
+    ours = GroupedQueryAttention(C, n_head, n_head, d, d).double()
+    torchs = torch.nn.MultiheadAttention(C, n_head, bias=False, batch_first=True).double()
+    projections = torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight])
+    torchs.load_state_dict({"in_proj_weight": projections, "out_proj.weight": ours.o_proj.weight})
+    x = normal(B, T, C)
+    result = ours(x)
+    expected = torchs(x, x, x, attn_mask=~causal(T, T), average_attn_weights=False)
+    close(result, expected)
+    direction = torch.randn(B, T, C)
+    dx, dq, dk, dv, do = torch.autograd.grad(result[0], (x, *ours.parameters()), direction)
+    inputs = (x, torchs.in_proj_weight, torchs.out_proj.weight)
+    gradients = torch.autograd.grad(expected[0], inputs, direction)
+    close((dx, torch.cat([dq, dk, dv]), do), gradients)
 
 
-@pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6", "MHA-2"])
-def test_modules_equal_attention_written_out_head_by_head(name):
-    torch.manual_seed(0)
-    module = part3.make_attention(name, small_config(part3, d_model=12, n_head=4, n_kv_head=(4,)))
-    module, d = module.double(), module.head_dim
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
+@each_module
+def test_modules_equal_attention_written_out_head_by_head(make):
+    module = make().double()
+    x = normal(2, 5, 12)
     heads = []
-    for h in range(module.n_head):
-        q = x @ module.q_proj.weight[h * d : h * d + d].T
-        if name.startswith("MLA"):
-            c = x @ module.kv_down.weight.T
-            k, v = (c @ up.weight[h * d : h * d + d].T for up in (module.k_up, module.v_up))
+    for h in range(4):
+        q = x @ module.q_proj.weight.split(3)[h].T
+        if isinstance(module, MultiHeadLatentAttention):
+            c = module.kv_down(x)
+            k = c @ module.k_up.weight.split(3)[h].T
+            v = c @ module.v_up.weight.split(2)[h].T
         else:
-            shared = d * (h // (module.n_head // module.n_kv_head))
-            k, v = (x @ p.weight[shared : shared + d].T for p in (module.k_proj, module.v_proj))
-        heads.append((q @ k.transpose(1, 2) / math.sqrt(d)).softmax(-1) @ v)
-    by_hand = torch.cat(heads, 2) @ module.o_proj.weight.T
-    assert (module(x, None)[0] - by_hand).abs().max() < 1e-9
+            shared = h // (4 // module.n_kv_head)
+            k = x @ module.k_proj.weight.split(3)[shared].T
+            v = x @ module.v_proj.weight.split(2)[shared].T
+        scores = (q @ k.mT / math.sqrt(3)).masked_fill(~causal(5, 5), -math.inf)
+        heads.append(scores.softmax(-1) @ v)
+    close(module(x)[0], torch.cat(heads, 2) @ module.o_proj.weight.T)
+    assert module(x[:0])[0].shape == (0, 5, 12)
 
 
-def test_pooled_heads_are_means_and_nothing_else_changes():
-    torch.manual_seed(0)
-    config = small_config(part3, d_model=12, n_head=4, n_kv_head=(4,))
-    old = part3.LookupNet(part3.make_attention("MHA", config), config).state_dict()
-    new = part3.pool_heads(old, n_kv_head=2, head_dim=3)
-    gqa = part3.LookupNet(part3.make_attention("GQA-2", config), config)
-    gqa.load_state_dict(new, strict=True)
-    for name in old:
-        if "k_proj" in name or "v_proj" in name:  # (4 heads of 3, 12) -> (2 heads of 3, 12)
-            assert torch.allclose(new[name][:3], (old[name][0:3] + old[name][3:6]) / 2)
-            assert torch.allclose(new[name][3:], (old[name][6:9] + old[name][9:12]) / 2)
-        else:
-            assert torch.equal(new[name], old[name])
+@each_module
+def test_padding_changes_no_answer_with_and_without_a_cache(make):
+    module = make().double()
+    x = normal(2, 7, 12)
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    mask[1, ..., :3] = False  # the second sequence has four tokens
+    y, _ = module(x, mask)
+    close(y[0], module(x[:1])[0][0])
+    close(y[1, 3:], module(x[1:, 3:])[0][0])
+    assert not y[1, :3].any()
+    cache = KVCache(7)
+    first, _ = module(x[:, :5], mask[..., :5], cache)
+    close(torch.cat([first, module(x[:, 5:], mask, cache)[0]], 1), y)
 
 
-@pytest.mark.parametrize("name", ["MHA", "GQA-2", "MQA", "MLA-6"])
+@each_module
 @pytest.mark.parametrize("chunks", [[1] * 7, [3, 1, 3], [7]])
-def test_answers_from_the_cache_equal_those_of_the_whole_sequence(name, chunks):
-    torch.manual_seed(0)
-    config = small_config(part3, d_model=12, n_head=4, n_kv_head=(4,), seq_len=7)
-    net = part3.LookupNet(part3.make_attention(name, config), config).double().eval()
-    data = part3.draw_sequences(2, config, torch.Generator().manual_seed(0))
+def test_answers_from_the_cache_equal_those_of_the_whole_sequence(make, chunks):
+    net = double_net(make)
+    data = sequences(2)
     whole, weights = net(data)
     cache = KVCache(7)
-    for part in zip(*(field.split(chunks, dim=-1) for field in data), strict=True):
-        logits, seen = net(part3.Sequences(*part), cache)
-        new = slice(cache.length - part[2].shape[1], cache.length)
-        assert (logits - whole[:, new]).abs().max() < 1e-9
-        assert (seen - weights[:, :, new, : cache.length]).abs().max() < 1e-9
-    with pytest.raises(RuntimeError, match="exceeds"):
-        net(part3.Sequences(*part), cache)  # it is full
-    assert (part3.decode(net, data) - whole).abs().max() < 1e-9
-    held = {"MHA": 2 * 4 * 3, "GQA-2": 2 * 2 * 3, "MQA": 2 * 3, "MLA-6": 6}[name]
-    assert sum(memory.numel() for memory in cache.memory) == 2 * 7 * held
-    assert part3.cached_numbers(net) == held
+    for fields in zip(*(field.split(chunks, dim=-1) for field in data), strict=True):
+        start = cache.length
+        logits, seen = net(part3.Sequences(*fields), cache)
+        close(logits, whole[:, start : cache.length])
+        close(seen, weights[:, :, start : cache.length, : cache.length])
+    close(part3.decode(net, data), whole.detach())
+    assert sum(memory.numel() for memory in cache.memory) == 2 * 7 * net.attention.cached
+    with pytest.raises(ValueError, match="the cache is full"):
+        net(part3.Sequences(*fields), cache)
 
 
-def test_causal_mask_hides_every_later_token():
-    torch.manual_seed(0)
-    config = small_config(part3, seq_len=6)
-    net = part3.LookupNet(part3.make_attention("MLA-8", config), config).eval()
-    data = part3.draw_sequences(1, config, torch.Generator().manual_seed(0))
-    for t in range(6):
+@each_module
+def test_causal_mask_hides_every_later_token(make):
+    net = double_net(make)
+    data = sequences(1)
+    for t in range(7):
         digit = data.digit.clone()
         digit[0, t] = (digit[0, t] + 1) % 10
-        moved = (net(data)[0] - net(data._replace(digit=digit))[0]).abs().amax((0, 2)) > 1e-7
-        assert moved.tolist() == [s >= t for s in range(6)]
+        change = net(data._replace(digit=digit))[0] - net(data)[0]
+        moved = change.abs().amax((0, 2)) > 1e-9
+        assert moved.tolist() == [False] * t + [True] * (7 - t)
 
 
-def test_labels_equal_a_slow_and_obvious_loop():
-    config = part3.Config(seq_len=6, lookups=3)
-    data = part3.draw_sequences(50, config, torch.Generator().manual_seed(0))
-    for n, t in itertools.product(range(50), range(6)):
+def test_labels_equal_a_slow_and_obvious_loop_and_what_is_wanted_stands_before():
+    data = sequences(50)
+    for n, t in itertools.product(range(50), range(7)):
         label = 0
-        for lookup, factor in enumerate((1, 3, 7)):
-            names, wanted = data.names[n, lookup].tolist(), int(data.wanted[n, lookup, t])
-            assert sorted(names) == list(range(6))
-            place = names.index(wanted)
-            assert place < t or t == 0
-            assert place == data.where[n, lookup, t]
-            label += factor * int(data.digit[n, place])
-        assert data.label[n, t] == label % 10
+        for lookup, factor in enumerate((1, 2, 3)):
+            names = data.name[n, lookup].tolist()
+            assert sorted(names) == list(range(7))
+            place = names.index(data.wanted_name[n, lookup, t])
+            assert place < t or place == t == 0
+            assert place == data.wanted_token[n, lookup, t]
+            label += factor * data.digit[n, place].item()
+        assert data.label[n, t] == label % 11
 
 
-def test_the_best_guess_with_no_and_with_one_lookup_solved():
-    """The page's 34.9 %, then A solved: 44.5, B or C: 37.5; tokens 1 and 2 have little choice."""
-    data = part3.draw_sequences(200, part3.Config(), torch.Generator().manual_seed(0))
-    best = {None: 0, 0: 0, 1: 0, 2: 0}
-    for n, t, solved in itertools.product(range(200), range(10), best):
-        digits, where = data.digit[n].tolist(), data.where[n, :, t].tolist()
-        choices = [[digits[where[i]]] if i == solved else digits[: max(t, 1)] for i in range(3)]
-        sums = [(a + 3 * b + 7 * c) % 10 for a, b, c in itertools.product(*choices)]
-        best[solved] += max(map(sums.count, range(10))) / len(sums) / 2000
-    assert list(best.values()) == pytest.approx([0.349, 0.445, 0.375, 0.375], abs=0.015)
+@pytest.mark.parametrize("lookups", [1, 2, 3])
+def test_every_digit_found_can_move_the_label_if_several_lookups_find_it_too(lookups):
+    for factors in itertools.combinations(part3.FACTORS, lookups):
+        for change in range(1, 10):
+            assert sum(factors) * change % part3.MODULUS != 0
 
 
-@pytest.mark.parametrize("learnable", [False, True])
-def test_the_best_weights_are_kept_and_among_equals_those_of_the_lower_loss(learnable, capsys):
-    torch.manual_seed(0)
-    config = small_config(part3, lookups=1, seq_len=3, d_model=32, steps=150, batch_size=64)
-    stream = torch.Generator().manual_seed(0)
-    validation = part3.draw_sequences(2, config, stream)
-    labels = validation.label if learnable else torch.randint(10, (2, 3))
-    net = part3.LookupNet(part3.make_attention("MHA", config), config)
-    history = part3.train(net, config, validation._replace(label=labels), stream)
-    assert float(capsys.readouterr().out.splitlines()[1].split()[1]) < 4  # the mean loss, ln 10
-    best = max(history, key=lambda v: (v.val_accuracy, -v.val_loss))
-    tied = [v for v in history if v.val_accuracy == best.val_accuracy]
-    assert len(tied) > 1 and (learnable or best is not tied[-1])
+def test_right_token_equals_a_slow_and_obvious_loop():
+    net = double_net(MODULES["GQA"])
+    data = sequences(250)
+    logits, right_token = part3.predict(net, data)
+    expected, weights = net(data)
+    close(logits, expected.detach())
+    right = torch.zeros(3, 4)
+    for n, head, t in itertools.product(range(250), range(4), range(7)):
+        row = weights[n, head, t].tolist()
+        for lookup in range(3):
+            if row.index(max(row)) == data.wanted_token[n, lookup, t]:
+                right[lookup, head] += 1
+    close(right_token, right / 250 / 7, atol=1e-6)
+
+
+def test_training_is_adamw_on_the_mean_cross_entropy_at_a_rate_that_rises_and_falls():
+    net = double_net(MODULES["GQA"])
+    twin = copy.deepcopy(net)
+    history = part3.train(net, small, sequences(9), torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(twin.parameters(), weight_decay=0.5)
+    generator = torch.Generator().manual_seed(0)
+    for step, row in enumerate(history):
+        batch = part3.make_sequences(8, small, generator)
+        loss = -twin(batch)[0].log_softmax(2).gather(2, batch.label[..., None]).mean()
+        assert row["train_loss"] == pytest.approx(loss.item(), abs=1e-9)
+        rise_and_fall = np.interp(step, [0, 2, 3, 14], [1 / 3, 1, 1, 1 / 12])
+        optimizer.param_groups[0]["lr"] = 3e-3 * rise_and_fall
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert [row["step"] for row in history] == list(range(1, 16))
+
+
+def test_the_weights_that_validated_best_are_kept():
+    config = part3.Config(d_model=12, seq_len=7, steps=30, batch_size=8, lr=0.1)
+    net = double_net(MODULES["MHA"], config)
+    validation = sequences(2, config)
+    history = part3.train(net, config, validation, torch.Generator().manual_seed(1))
+    best = max(history, key=lambda row: row["val_accuracy"])  # the first of several
+    assert history[0] is not best is not history[-1]
     logits, _ = part3.predict(net, validation)
-    assert F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item() == best.val_loss
+    assert F.cross_entropy(logits.mT, validation.label).item() == best["val_loss"]
 
 
-def test_the_best_head_and_the_largest_difference_are_reported(monkeypatch, tmp_path):
-    monkeypatch.setattr(part3, "alignment", lambda *_: torch.tensor([[0.25, 0.5]]))
-    off = torch.arange(10.0)
-    monkeypatch.setattr(part3, "decode", lambda net, data: part3.predict(net, data)[0] + off)
-    config = small_config(part3, steps=1, images_dir=tmp_path, device="cpu")
-    for row in part3.main(config, draw=False).values():
-        assert row["alignment"] == [0.5] and row["decode_difference"] == pytest.approx(9, abs=1e-4)
-
-
-def test_quality_gate(tmp_path):
+def test_quality_gate(monkeypatch, tmp_path):
     """One lookup is learned in a moment by every variant, and the cache agrees (needs no data)."""
-    small = {"lookups": 1, "steps": 100, "n_kv_head": (2, 1), "n_head": 2, "kv_latent": (32,)}
-    small |= {"seq_len": 5, "batch_size": 64}
-    results = part3.main(part3.Config(images_dir=tmp_path, device="cpu", **small), draw=False)
-    assert min(row["accuracy"] for row in results.values()) > 0.99
-    assert max(row["decode_difference"] for row in results.values()) < 1e-3
-    assert all(r["alignment"][0] > 0.95 and r["steps_to_99"] <= 100 for r in results.values())
+    monkeypatch.setattr(part3, "draw_figures", lambda *_: None)
+    settings = {"lookups": 1, "seq_len": 5, "steps": 100, "batch_size": 64, "n_head": 2}
+    settings |= {"n_kv_head": (2, 1), "device": "cpu", "images_dir": tmp_path}
+    results = part3.main(part3.Config(**settings))
+    cached = {name: row["cached"] for name, row in results.items()}
+    assert cached == {"MHA 2x8": 32, "MQA 1x8": 16, "MQA 1x16": 32, "MLA 32": 32}
+    for row in results.values():
+        assert row["accuracy"] > 0.99
+        assert row["right_token"].max() > 0.95
+        assert row["decode_difference"] < 1e-3
 
 
 def test_default_gate(data_dir, tmp_path):
-    """GQA-2 and MLA-32 answer 99 %, MHA-2 with as large a cache far less (only where data is)."""
-    config = part3.Config(n_kv_head=(2,), images_dir=tmp_path, device="cpu")
-    accuracy = {name: row["accuracy"] for name, row in part3.main(config, draw=False).items()}
-    assert min(accuracy["GQA-2"], accuracy["MLA-32"]) > 0.99 and accuracy["MHA-2"] < 0.8
+    """GQA and MLA with 32 numbers cached answer 99 % (a minute: only where the data is)."""
+    results = part3.main(part3.Config(n_kv_head=(2,), device="cpu", images_dir=tmp_path))
+    assert list(results) == ["GQA 2x8", "MLA 32"]
+    assert min(row["accuracy"] for row in results.values()) >= 0.99
 
 
-def test_the_largest_weight_with_and_without_sqrt_d():
+@pytest.mark.parametrize(("scale", "drawn", "started"), [(None, 0.36, 0.19), (1, 0.875, 0.65)])
+def test_the_largest_weight_with_and_without_sqrt_d(scale, drawn, started):
     """The page's numbers: 8 tokens, d = 64, q and k of variance 1, or from PyTorch's own start."""
-    torch.manual_seed(0)
-    layers, x = [torch.nn.Linear(64, 64) for _ in range(40)], torch.randn(100, 8, 64)
-    started = torch.stack([layer(x).detach() for layer in layers]).view(2, -1, 8, 64)
-    normal = torch.randn(2, 2000, 8, 64)
-    for (q, k), divided, undivided in ((normal, 0.36, 0.875), (started, 0.19, 0.65)):
-        for scale, largest in ((None, divided), (1, undivided)):
-            _, weights = attention(q[:, None], k[:, None], k[:, None], scale=scale)
-            assert abs(weights.amax(-1).mean() - largest) < 0.02
+    q, k = torch.randn(2, 2000, 1, 8, 64)
+    assert attention(q, k, k, scale=scale)[1].amax(-1).mean() == pytest.approx(drawn, abs=0.02)
+    x = torch.randn(100, 8, 64)
+    layers = [torch.nn.Linear(64, 64) for _ in range(40)]
+    q, k = torch.cat([layer(x).detach() for layer in layers]).view(2, -1, 1, 8, 64)
+    assert attention(q, k, k, scale=scale)[1].amax(-1).mean() == pytest.approx(started, abs=0.02)
