@@ -15,7 +15,7 @@ from part3_attention import GroupedQueryAttention, KVCache, MultiHeadLatentAtten
 
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-9)
 normal = partial(torch.randn, dtype=torch.float64, requires_grad=True)
-small = small_config(part3, seq_len=7, steps=15, lr=0.1, weight_decay=0.5)
+small = small_config(part3, seq_len=7, steps=35, lr=0.1, weight_decay=0.5)
 MODULES = {  # of four query heads, with 3 numbers a key and 2 a value
     "MHA": partial(GroupedQueryAttention, 16, 4, 4, 3, 2),
     "GQA": partial(GroupedQueryAttention, 16, 4, 2, 3, 2),
@@ -40,7 +40,6 @@ def causal(T, S):
 
 @pytest.mark.parametrize("case", range(60))
 def test_values_and_gradients_equal_scaled_dot_product_attention(case):
-    """And zeros where a query sees nothing: there, PyTorch's versions differ."""
     torch.manual_seed(case)
     B, n_kv_head, group, T, S, d, d_v = torch.randint(1, 6, (7,)).tolist()
     q = normal(B, n_kv_head * group, T, d)
@@ -48,12 +47,12 @@ def test_values_and_gradients_equal_scaled_dot_product_attention(case):
     v = normal(B, n_kv_head, S, d_v)
     shapes = [(T, S), (B, 1, 1, S), (B, 1, T, S), (B, n_kv_head * group, T, S)]
     masks = [torch.rand(shape) < 0.5 for shape in shapes]
-    mask = [*masks, causal(T, S), torch.ones(T, S) > 0][case % 6]
+    mask = (masks + [causal(T, S), torch.ones(T, S) > 0])[case % 6]
     scale = [None, 0.7, 50][case // 6 % 3]  # at 50 one weight is nearly 1
     output, _ = attention(q, k, v, None if mask.all() else mask, scale)
     some = mask.any(-1, keepdim=True)
-    options = {"attn_mask": mask | ~some, "scale": scale, "enable_gqa": True}
-    expected = F.scaled_dot_product_attention(q, k, v, **options) * some
+    expected = F.scaled_dot_product_attention(q, k, v, mask | ~some, scale=scale, enable_gqa=True)
+    expected = expected * some  # zeros where nothing is seen
     close(output, expected)
     gradients = torch.autograd.grad(output.exp().sum(), (q, k, v))
     close(gradients, torch.autograd.grad(expected.exp().sum(), (q, k, v)))
@@ -70,8 +69,7 @@ def test_a_query_that_sees_nothing_gets_zeros_with_zero_gradients(dtype):
 
 def test_large_scores_stay_finite():
     eye = torch.eye(3).view(1, 1, 3, 3)
-    output, _ = attention(1e30 * eye, eye, 7 * eye)
-    assert torch.equal(output, 7 * eye)
+    assert torch.equal(attention(1e30 * eye, eye, 7 * eye)[0], 7 * eye)
 
 
 def test_bfloat16_is_as_exact_as_torchs():
@@ -135,8 +133,8 @@ def test_padding_changes_no_answer_with_and_without_a_cache(make):
     y, _ = module(x, mask)
     close(y[1:], F.pad(module(x[1:, 3:])[0], (0, 0, 3, 0)))  # zeros where nothing is seen
     cache = KVCache(7)
-    first, _ = module(x[:, :5], mask[..., :5], cache)
-    close(torch.cat([first, module(x[:, 5:], mask, cache)[0]], 1), y)
+    close(module(x[:, :5], mask[..., :5], cache)[0], y[:, :5])
+    close(module(x[:, 5:], mask, cache)[0], y[:, 5:])
 
 
 @each_module
@@ -204,25 +202,27 @@ def test_training_is_adamw_on_the_mean_cross_entropy_at_a_rate_that_rises_and_fa
     optimizer = torch.optim.AdamW(twin.parameters(), weight_decay=0.5)
     generator = torch.Generator().manual_seed(0)
     history = part3.train(net, small, sequences(9), torch.Generator().manual_seed(0))
-    twelfths = [4, 8, 12, *range(12, 0, -1)]
-    for row, rate in zip(history, twelfths, strict=True):
+    losses = []
+    for rate in [*range(4, 32, 4), *range(28, 0, -1)]:
         batch = part3.make_sequences(16, small, generator)
         loss = -twin(batch)[0].log_softmax(2).gather(2, batch.label[..., None]).mean()
-        assert row["train_loss"] == pytest.approx(loss.item(), abs=1e-9)
-        optimizer.param_groups[0]["lr"] = 0.1 * rate / 12
+        losses.append(loss.item())
+        optimizer.param_groups[0]["lr"] = 0.1 * rate / 28
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    means = [pair.mean().item() for pair in torch.tensor(losses).split(2)]
+    assert [row["train_loss"] for row in history] == pytest.approx(means)
 
 
 def test_the_weights_that_validated_best_are_kept():
     net = part3.LookupNet(MODULES["MHA"](), small).double()
-    validation = sequences(2)
-    history = part3.train(net, small, validation, torch.Generator().manual_seed(1))
+    validation = sequences(1)
+    history = part3.train(net, small, validation, torch.Generator().manual_seed(2))
     best = max(history, key=lambda row: row["val_accuracy"])  # the first of several
+    assert [row["val_accuracy"] for row in history].count(best["val_accuracy"]) > 1
     assert best not in (history[0], history[-1])
-    logits, _ = part3.predict(net, validation)
-    assert F.cross_entropy(logits.mT, validation.label).item() == best["val_loss"]
+    assert F.cross_entropy(net(validation)[0].mT, validation.label).item() == best["val_loss"]
 
 
 def test_quality_gate_all_variants_learn_one_lookup_and_caches_agree(monkeypatch, tmp_path):
