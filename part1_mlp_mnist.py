@@ -378,9 +378,9 @@ def predict_photos(model: MLP, saved: dict, config: Config) -> dict:
         print(f"{path}: {answer} ({likely})")
         if i < n:
             grid[i, 0].imshow(open_photo(path), cmap="gray", vmin=0, vmax=255)
-            grid[i, 1].imshow(pictures[i], cmap="gray")
+            grid[i, 1].imshow(pictures[i].numpy(), cmap="gray")
             grid[i, 1].set(title=f"what the net sees: {answer}")
-            grid[i, 2].bar(range(10), p)
+            grid[i, 2].bar(range(10), p.numpy())
             grid[i, 2].set(ylim=(0, 1), xticks=range(10), xlabel="digit", ylabel="probability")
     folder = figure_folder(config, saved["dataset"])
     save_figure(figure, folder / "part1_prediction.png")

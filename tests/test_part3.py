@@ -47,7 +47,7 @@ def test_values_and_gradients_equal_scaled_dot_product_attention(case):
     v = normal(B, n_kv_head, S, d_v)
     shapes = [(T, S), (B, 1, 1, S), (B, 1, T, S), (B, n_kv_head * group, T, S)]
     masks = [torch.rand(shape) < 0.5 for shape in shapes]
-    mask = (masks + [causal(T, S), torch.ones(T, S) > 0])[case % 6]
+    mask = [*masks, causal(T, S), torch.ones(T, S) > 0][case % 6]
     scale = [None, 0.7, 50][case // 6 % 3]  # at 50 one weight is nearly 1
     output, _ = attention(q, k, v, None if mask.all() else mask, scale)
     some = mask.any(-1, keepdim=True)

@@ -29,7 +29,7 @@ def code_blocks(text):
 def code(text):
     """The lines of code in the code blocks, without their comments: those are translated."""
     lines = [line.split("  #")[0].strip() for line in "".join(code_blocks(text)).splitlines()]
-    start = r"[\w, ]+ = |(adamw|loss|nn\.utils)\.\w+\(|return "
+    start = r"[\w, ]+ = |(optimizer|ema|loss|nn\.utils)\.\w+\(|return "
     return [line for line in lines if re.match(start, line)]
 
 
@@ -60,7 +60,12 @@ def test_every_picture_is_shown_and_exists_and_links_lead_somewhere(page):
 
 
 @each_page
-def test_commands_parse_and_code_stands_in_the_scripts_whose_lengths_are_true(page):
+def test_commands_parse_and_code_stands_in_the_scripts_whose_lengths_are_true(
+    page, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mlp.pt", "3.jpg", "5.jpg", "7.jpg"):  # files that a command names must be there
+        Path(name).touch()
     scripts = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("part*.py")}
     found = commands(PAGES[page])
     assert {script for script, _ in found} == set(scripts)
@@ -76,7 +81,7 @@ def test_commands_parse_and_code_stands_in_the_scripts_whose_lengths_are_true(pa
 
 def test_both_pages_show_the_same_pictures_commands_and_numbers():
     english, chinese = PAGES.values()
-    assert len(english.splitlines()) <= 800
+    assert len(english.splitlines()) <= 900
     assert len(code_blocks(english)) == len(code_blocks(chinese))
     for part in (pictures, code, commands, numbers):
         assert part(english) == part(chinese)
