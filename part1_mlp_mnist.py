@@ -43,11 +43,12 @@ from torch.optim import AdamW
 from torchvision import datasets
 from tqdm import tqdm
 
+CHECKS = {"validate_default": True, "allow_inf_nan": False, "extra": "forbid"}
 Share = Annotated[float, Field(ge=0, lt=1)]
 ROW = "{epoch:5}  {train_loss:10.4f}  {val_loss:8.4f}  {val_accuracy:12.4f}  {seconds:7.1f}"
 
 
-@dataclass(frozen=True, config={"validate_default": True, "allow_inf_nan": False})
+@dataclass(frozen=True, config=CHECKS)
 class Config:
     """Every setting of a run. Edit a default here, or pass the flag of the same name."""
 

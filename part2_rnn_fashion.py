@@ -40,11 +40,12 @@ from torch.optim import AdamW, swa_utils
 from torchvision import datasets
 from tqdm import tqdm
 
+CHECKS = {"validate_default": True, "allow_inf_nan": False, "extra": "forbid"}
 Share = Annotated[float, Field(ge=0, lt=1)]
 ROW = "{epoch:5}  {train_loss:10.4f}  {val_loss:8.4f}  {val_accuracy:12.4f}  {seconds:7.1f}"
 
 
-@dataclass(frozen=True, config={"validate_default": True, "allow_inf_nan": False})
+@dataclass(frozen=True, config=CHECKS)
 class Config:
     """Every setting of a run. Edit a default here, or pass the flag of the same name."""
 
@@ -355,9 +356,9 @@ def belief_figure(model: RowRNN, data: Data, probabilities: Tensor, title: str) 
         belief = torch.cat([model(part) for part in seen]).softmax(1)  # (T, 10)
         true = data.class_names[data.test.labels[i]]
         answer = data.class_names[answers[i]]
-        left.imshow(image[0].cpu(), cmap="gray")
+        left.imshow(image[0].cpu().numpy(), cmap="gray")
         left.set(title=f"true: {true}\nanswer: {answer}", xticks=[], yticks=[])
-        shown = right.imshow(belief.T.cpu(), vmin=0, vmax=1, extent=(0, 28, 9.5, -0.5))
+        shown = right.imshow(belief.T.cpu().numpy(), vmin=0, vmax=1, extent=(0, 28, 9.5, -0.5))
         right.set(xlabel="rows read", aspect="auto")
         right.set_yticks(range(10), data.class_names)
     figure.colorbar(shown, ax=grid, label="probability", shrink=0.5)

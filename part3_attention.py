@@ -36,13 +36,14 @@ from torch import Generator, Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
+CHECKS = {"validate_default": True, "allow_inf_nan": False, "extra": "forbid"}
 FACTORS = (1, 2, 3)  # of the three digits that a token finds
 MODULUS = 11  # a prime, so no sum of factors cancels a digit that is found twice
 CLASS_NAMES = [str(label) for label in range(MODULUS)]
 ROW = "{step:5}  {train_loss:10.4f}  {val_loss:8.4f}  {val_accuracy:12.4f}  {seconds:7.1f}"
 
 
-@dataclass(frozen=True, config={"validate_default": True, "allow_inf_nan": False})
+@dataclass(frozen=True, config=CHECKS)
 class Config:
     """Every setting of a run. Edit a default here, or pass the flag of the same name."""
 
@@ -92,14 +93,13 @@ def attention(
     if n_head % n_kv_head != 0:
         raise ValueError(f"{n_head} query heads cannot share {n_kv_head} key/value heads evenly")
     group = n_head // n_kv_head
-    q = q / math.sqrt(d) if scale is None else q * scale
-    q = q.reshape(B, n_kv_head, group * T, d)
     precise = torch.promote_types(q.dtype, torch.float32)  # bfloat16 scores would be too coarse
-    scores = (q.to(precise) @ k.to(precise).mT).view(B, n_head, T, S)
+    q = q.to(precise).reshape(B, n_kv_head, group * T, d)
+    q = q / math.sqrt(d) if scale is None else q * scale
+    scores = (q @ k.to(precise).mT).view(B, n_head, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    # softmax: exponentials over their sum. Less the row's largest score, which changes nothing,
-    # none is above 1, so none overflows; it has no gradient either, so it is detached.
+    # softmax: without the row's largest score, which changes nothing, no exponential overflows
     largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(precise).min)
     exp = torch.exp(scores - largest)
     weights = exp / exp.sum(-1, keepdim=True).clamp(min=0.5)  # 1 or more; 0 if all is masked
@@ -506,13 +506,13 @@ def heatmap_figure(results: dict[str, dict], test: Sequences, title: str) -> Fig
         axes.set(xticks=[], yticks=[])
     for i in range(L):
         truth = F.one_hot(test.wanted_token[0, i], T)
-        grid[i, 0].imshow(truth.cpu())
+        grid[i, 0].imshow(truth.cpu().numpy())
         grid[i, 0].set_title(f"lookup {i + 1}\ntruth", fontsize=10)
     for column, (name, row) in enumerate(results.items(), start=1):
         _, weights = row["net"](first)  # (1, n_head, T, T)
         for i in range(L):
             share, head = row["right_token"][i].max(0)
-            grid[i, column].imshow(weights[0, head].cpu(), vmin=0, vmax=1)
+            grid[i, column].imshow(weights[0, head].cpu().numpy(), vmin=0, vmax=1)
             grid[i, column].set_title(f"{name}\nhead {head}: {share:.0%}", fontsize=10)
     return figure
 

@@ -70,13 +70,13 @@ PART1 = {  # the test: what goes wrong, the right text, the wrong one
             "confusion_matrix(predictions.cpu(), labels.cpu(),",
         ),
     },
-    "test_faults.py::test_what_cannot_be_written_is_told_before_training": {
+    "test_faults.py::test_folders_that_cannot_be_made_are_told_before_training": {
         "a folder that cannot be written, told after training": (
             "    config.images_dir.mkdir(parents=True, exist_ok=True)",
             "    pass",
         ),
     },
-    "test_photos.py": {
+    "test_photos.py::test_a_photo_becomes_a_picture_like_mnists": {
         "own digits as they are": (
             "    digit = find_digit(open_photo(path))\n",
             "    return torch.tensor(np.asarray(open_photo(path).resize((28, 28))))\n",
@@ -102,9 +102,6 @@ PART2 = {
     },
     "test_part2.py::test_the_net_is_torchs_rnn_between_encoder_and_classifier": {
         "the whole image in one step": ("28 * config.rows_per_step", "28 * 28"),
-    },
-    "test_part2.py::test_dropout_is_off_in_every_validation_and_on_in_every_step": {
-        "no eval() when scoring": ("    model.eval()\n", ""),
     },
     "test_part2.py::test_a_long_gradient_is_clipped_and_a_short_one_is_not": {
         "no clipping": (CLIP, ""),

@@ -58,14 +58,10 @@ def test_a_state_sees_earlier_rows_and_no_later_ones(cell):
 
 
 @each_cell
-def test_every_block_of_the_state_weights_starts_orthogonal(cell):
+def test_the_state_weights_start_orthogonal_or_all_start_as_torchs_do(cell):
     layer = part2.RecurrentLayer(5, 16, cell, orthogonal=True)
     for block in layer.W_hh.weight.detach().split(16):
         torch.testing.assert_close(block @ block.T, torch.eye(16), rtol=0, atol=1e-5)
-
-
-@each_cell
-def test_without_that_the_weights_start_as_torchs_do(cell):
     layer = part2.RecurrentLayer(3, 100, cell, orthogonal=False)
     for weight in weights(layer):
         assert 0.09 < weight.abs().max() <= 0.1  # 1 / sqrt(100)
@@ -146,13 +142,18 @@ def test_the_running_mean_of_the_weights_is_validated_and_kept():
     assert best["val_loss"] == F.cross_entropy(logits, data.val.labels).item()
 
 
-def test_half_of_the_images_are_mirrored_as_a_whole():
-    torch.manual_seed(0)
-    images = torch.randn(1000, 28, 28)
-    mirrored = part2.mirror(images)
-    turned = (mirrored == images.flip(2)).all((1, 2))
-    assert (turned | (mirrored == images).all((1, 2))).all()
-    assert 430 < turned.sum() < 570
+@pytest.mark.parametrize(("mirror", "share"), [(True, 0.5), (False, 0)])
+def test_half_of_the_images_are_mirrored_in_training_if_that_is_wanted(mirror, share):
+    seen = []
+    config = small_config(part2, batch_size=1000, mirror=mirror)
+    data = small_data(part2, n_train=1000)
+    model = part2.RowRNN(config)
+    model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    part2.train_epoch(model, AveragedModel(model), data, config, SGD(model.parameters()), 1)
+    originals = {image.numpy().tobytes() for image in data.train.images}
+    turned = [image for image in seen if image.numpy().tobytes() not in originals]
+    assert all(image.flip(1).numpy().tobytes() in originals for image in turned)
+    assert len(turned) / len(seen) == pytest.approx(share, abs=0.07)
 
 
 def test_the_belief_after_a_row_knows_no_later_row_and_the_last_is_the_answer():
