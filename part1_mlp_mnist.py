@@ -378,8 +378,8 @@ def predict_photos(model: MLP, saved: dict, config: Config) -> dict:
         answer = f"{p.argmax()}" if p.max() > NOT_SURE else "not sure"
         print(f"{path}: {answer} ({likely})")
         if i < n:
-            grid[i, 0].imshow(open_photo(path), cmap="gray", vmin=0, vmax=255)
-            grid[i, 1].imshow(pictures[i].numpy(), cmap="gray")
+            grid[i, 0].imshow(open_photo(path), cmap="gray", vmin=0, vmax=255).axes.set_axis_off()
+            grid[i, 1].imshow(pictures[i].numpy(), cmap="gray").axes.set_axis_off()
             grid[i, 1].set(title=f"what the net sees: {answer}")
             grid[i, 2].bar(range(10), p.numpy())
             grid[i, 2].set(ylim=(0, 1), xticks=range(10), xlabel="digit", ylabel="probability")

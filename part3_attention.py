@@ -126,7 +126,7 @@ def causal_mask(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class KVCache:
-    """Keys and values, or MLA's c, of up to max_len tokens, in memory that is allocated once."""
+    """Keys and values, or MLA's c, of up to max_len tokens, in memory allocated once."""
 
     def __init__(self, max_len: int) -> None:
         self.max_len = max_len
@@ -526,8 +526,9 @@ def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
         rows = [run[name] for run in runs]
         accuracy = 100 * np.mean([row["accuracy"] for row in rows])
         ways[rows[0]["way"]].append((rows[0]["cached"], accuracy))
-        steps = np.mean([row["steps_to_99"] for row in rows])
-        label = f"{name}: {'not always' if np.isnan(steps) else f'{steps:,.0f}'}"
+        steps = np.array([row["steps_to_99"] for row in rows])
+        missed = "never" if np.isnan(steps).all() else "not always"
+        label = f"{name}: {missed if np.isnan(steps).any() else f'{steps.mean():,.0f}'}"
         for row in rows:
             x = [point["step"] for point in row["history"]]
             y = [100 * point["val_accuracy"] for point in row["history"]]
@@ -537,9 +538,10 @@ def tradeoff_figure(runs: list[dict[str, dict]], title: str) -> Figure:
         left.plot(*zip(*sorted(points), strict=True), "o-", markersize=size, label=way)
     left.set(xlabel="numbers cached for a token", ylabel="test accuracy (%)", ylim=(0, 105))
     left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:.0f}")
     left.legend(loc="lower right")
-    right.set(xlabel="step", ylabel="validation accuracy (%)", ylim=(0, 105))
-    right.legend(title="99 % after steps")
+    right.set(xlabel="step (below: to 99 %)", ylabel="validation accuracy (%)", ylim=(0, 105))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

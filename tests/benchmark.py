@@ -3,8 +3,8 @@
     python tests/benchmark.py                          # part1 photos part2 part3
     python tests/benchmark.py cache keys --seeds 5     # --help has all sections and options
 
-Times on a shared machine vary; a ratio of two times that were taken in turns varies less. Each
-section's docstring says what it compares, and how long it takes on two cores.
+Times on a shared machine vary; a ratio of two times that were taken in turns varies less.
+Each section's docstring says what it compares, and how long it takes on two cores.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import tyro
 from photos import photograph
 from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, nn, profiler
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -41,18 +41,32 @@ import part2_rnn_fashion as part2
 import part3_attention as part3
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT_STEPS = 10  # in one timing of `limit`
 Maker = Callable[[], nn.Module]
 Section = Literal[
-    "part1", "photos", "part2", "part3", "limit", "cache", "keys", "pooling",
-    "mistakes", "first_layer", "learning_rates", "gradients", "qkv", "decode",
-]  # fmt: skip
+    "part1",
+    "photos",
+    "part2",
+    "part3",
+    "limit",
+    "cache",
+    "keys",
+    "pooling",
+    "mistakes",
+    "first_layer",
+    "learning_rates",
+    "gradients",
+    "qkv",
+    "decode",
+]
+Sections = tyro.conf.Positional[tuple[Section, ...]]
 
 
 @dataclass(frozen=True)
 class Options:
     """What to run, and the settings of the sections that have any."""
 
-    sections: tyro.conf.Positional[tuple[Section, ...]] = ("part1", "photos", "part2", "part3")
+    sections: Sections = ("part1", "photos", "part2", "part3")
     data_dir: Path = Path(os.environ.get("DATA_DIR", ROOT / "data"))  # MNIST, Fashion-MNIST
     images_dir: Path = ROOT / "images"  # where the figures go
     epochs: int = part2.Config().epochs  # of gradients
@@ -76,7 +90,7 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def medians_in_turns(runs: list[Callable[[], object]], repeats: int) -> list[float]:
-    """`median_seconds` of each, five times in turns: a slow spell of the machine meets all."""
+    """`median_seconds` of each, five times in turns: a slow spell meets all of them."""
     rounds = []
     for _ in range(5):
         rounds.append([median_seconds(run, repeats) for run in runs])
@@ -110,7 +124,10 @@ def lookup_config(options: Options) -> part3.Config:
 
 
 def train_quietly(
-    net: part3.LookupNet, config: part3.Config, validation: part3.Sequences, generator: Generator
+    net: part3.LookupNet,
+    config: part3.Config,
+    validation: part3.Sequences,
+    generator: Generator,
 ) -> list[dict]:
     """Part 3's `train` without its rows; Ctrl-C is the end."""
     with contextlib.redirect_stdout(None):
@@ -146,8 +163,8 @@ def print_variants(makers: dict[str, Maker], options: Options) -> None:
     """Train each variant with each seed; one row each, as soon as it is there."""
     config = lookup_config(options)
     print(f"  {config.lookups} lookups among {config.seq_len} tokens, {config.steps} steps")
-    width = 8 * options.seeds
-    print(f"  variant     cached  accuracy, %  {'by seed':{width}}  99 % after steps, by seed")
+    by_seed = "by seed".ljust(8 * options.seeds)
+    print(f"  variant     cached  accuracy, %  {by_seed}  99 % after steps, by seed")
     for name, make_attention in makers.items():
         runs = [train_variant(make_attention, config, seed) for seed in range(options.seeds)]
         cached = runs[0]["net"].attention.cached
@@ -158,14 +175,16 @@ def print_variants(makers: dict[str, Maker], options: Options) -> None:
 
 
 # ------------------------------------ times ------------------------------------ #
-def usual_script(data_dir: Path, target: float, max_epochs: int = 30) -> tuple[float, int, float]:
+def usual_script(data_dir: Path, target: float) -> tuple[float, int, float]:
     """Train as the usual tutorial does, to `target` test accuracy; seconds, epochs, accuracy.
 
-    torchvision with ToTensor and Normalize, a DataLoader, 784-512-512-10, Adam, batches of 128.
-    Only the training epochs are timed. Like most tutorials, it watches the test set.
+    torchvision with ToTensor and Normalize, a DataLoader, 784-512-512-10, Adam, batches of
+    128. Only the training epochs are timed, at most 30. Like most tutorials, it watches the
+    test set.
     """
     torch.manual_seed(0)
-    scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    normalise = transforms.Normalize((0.1307,), (0.3081,))
+    scale = transforms.Compose([transforms.ToTensor(), normalise])
     training = datasets.MNIST(data_dir, train=True, transform=scale)
     test = datasets.MNIST(data_dir, train=False, transform=scale)
     loader = DataLoader(training, batch_size=128, shuffle=True)
@@ -180,7 +199,7 @@ def usual_script(data_dir: Path, target: float, max_epochs: int = 30) -> tuple[f
     )
     optimizer = torch.optim.Adam(model.parameters())
     seconds = 0.0
-    for epoch in range(1, max_epochs + 1):
+    for epoch in range(1, 31):
         start = time.perf_counter()
         for images, labels in loader:
             loss = F.cross_entropy(model(images), labels)
@@ -225,7 +244,7 @@ def part1_times(options: Options) -> None:
     for dropout in (0.2, 0.0):
         torch.manual_seed(config.seed)
         model = part1.MLP(config.hidden, dropout)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU]) as profile:
             part1.train(model, data, replace(config, epochs=1))
         total = 0.0
         products = 0.0
@@ -234,7 +253,7 @@ def part1_times(options: Options) -> None:
             if row.key in ("aten::addmm", "aten::mm"):
                 products += row.self_cpu_time_total
         share = 1 - products / total
-        print(f"  dropout {dropout}: {share:.0%} of the operators' time outside matrix products")
+        print(f"  dropout {dropout}: {share:.0%} of operators' time not in matrix products")
     torch.manual_seed(config.seed)
     history, _ = part1.train(part1.MLP(config.hidden), data, config)
     ours = history[-1]["seconds"]
@@ -245,20 +264,20 @@ def part1_times(options: Options) -> None:
     each = usual / epochs
     ratio = each / (plain / config.epochs)
     print(f"  usual script: {each:.1f} s an epoch, {ratio:.1f} times that of plain tensors")
-    print(f"  usual script to {accuracy:.2%} (target 98.40 %): {epochs} epochs, {usual:.1f} s")
+    print(f"  usual script to 98.4 % ({accuracy:.2%}): {epochs} epochs, {usual:.1f} s")
     print(f"  part 1 takes 1/{usual / ours:.1f} of that")
 
 
 def prepared_photo(path: Path) -> Tensor:
-    """Part 1's `prepare_photo`; a black picture where it sees no digit."""
+    """Part 1's `prepare_photo`; without a digit, NaN, of which no net is sure."""
     try:
-        return part1.prepare_photo(path)
+        return part1.prepare_photo(path).float()
     except part1.UserError:
-        return torch.zeros(28, 28, dtype=torch.uint8)
+        return torch.full((28, 28), math.nan)
 
 
 def photos(options: Options) -> None:
-    """Part 1's net on 500 photographed test digits: with the preparation, and with less of it.
+    """Part 1's net on 500 photographed test digits: with the preparation, and with less.
 
     The last row is all originals, prepared as if they were photos. It takes PHOTOSTIME.
     """
@@ -290,15 +309,15 @@ def photos(options: Options) -> None:
         "originals": test.images,
         "originals prepared like photos": torch.stack(originals),
     }
-    print("  pictures                                    number  right  wrong  not sure, or none")
+    print("  pictures                                  number   right  wrong  not sure, none")
     for name, images in pictures.items():
         images = (images.to(data.test.images.device) - data.mean) / data.std
         confidence, answers = part1.predict(model, images).softmax(1).cpu().max(1)
         named = confidence > part1.NOT_SURE
         right = (named & (answers == test.labels[: len(images)])).sum() / len(images)
         wrong = named.sum() / len(images) - right
-        shares = f"{right:6.1%}  {wrong:5.1%}  {1 - right - wrong:17.1%}"
-        print(f"  {name:42}  {len(images):6}  {shares}")
+        shares = f"{right:6.1%}  {wrong:5.1%}  {1 - right - wrong:14.1%}"
+        print(f"  {name:40}  {len(images):6}  {shares}")
 
 
 def part2_times(options: Options) -> None:
@@ -325,7 +344,8 @@ def part2_times(options: Options) -> None:
             their_step = partial(forward_and_backward, theirs, x, direction)
             mine, torchs = medians_in_turns([our_step, their_step], repeats=5)
             times = f"{1e3 * mine:.1f} ms, PyTorch's {1e3 * torchs:.1f} ms"
-            print(f"  {cell}, batch {batch}, hidden {hidden}: {times}, ratio {mine / torchs:.2f}")
+            ratio = mine / torchs
+            print(f"  {cell}, batch {batch}, hidden {hidden}: {times}, ratio {ratio:.2f}")
 
 
 def forward_and_backward(rnn: nn.Module, x: Tensor, direction: Tensor) -> None:
@@ -338,7 +358,7 @@ def forward_and_backward(rnn: nn.Module, x: Tensor, direction: Tensor) -> None:
 
 @torch.no_grad()
 def decode_once() -> None:
-    """One decoding step (batch 4, 32 heads of 64, 8,192 tokens): ours and PyTorch's, in ms."""
+    """One decoding step, batch 4, 32 heads of 64, 8,192 tokens: ours and PyTorch's, in ms."""
     device = part3.pick_device("auto")
     row = []
     for n_kv_head in (32, 8, 1):
@@ -359,11 +379,11 @@ def print_ratio(what: str, above: tuple[float, ...], below: tuple[float, ...]) -
 
 
 def part3_times(options: Options) -> None:
-    """Decoding ratios over five fresh processes, and the time of each variant's training step.
+    """Decoding ratios over five fresh processes, and the time of a step of each training.
 
     The C library hands the large temporaries back to the system and each step faults them in
-    again, in some processes and not in others: with these two settings it keeps them. It takes a
-    minute.
+    again, in some processes and not in others: with these two settings it keeps them. It
+    takes PART3TIME.
     """
     keep = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
     run_it = "import benchmark; benchmark.decode_once()"
@@ -380,7 +400,8 @@ def part3_times(options: Options) -> None:
         rows.append([float(number) for number in done.stdout.split()])
     mha, mha_torch, gqa, gqa_torch, mqa, mqa_torch = zip(*rows, strict=True)
     for name, times in (("MHA", mha), ("GQA-8", gqa), ("MQA", mqa)):
-        print(f"  {name}: {statistics.median(times):.2f} ms (median of {len(rows)} processes)")
+        median = statistics.median(times)
+        print(f"  {name}: {median:.2f} ms (median of {len(rows)} processes)")
     print_ratio("MHA over GQA-8 (bytes read: 4)", mha, gqa)
     print_ratio("MHA over MQA (bytes read: 32)", mha, mqa)
     print_ratio("PyTorch's enable_gqa over ours, MHA", mha_torch, mha)
@@ -396,9 +417,10 @@ def part3_times(options: Options) -> None:
 
 
 def products_alone(layers: list[tuple[int, int, int, int]], dtype: torch.dtype) -> Callable:
-    """What runs a step's matrix products: y = x W^T, dW = dy^T x, and dx = dy W but of the data.
+    """A function that does a step's matrix products: y = x W^T, dW = dy^T x, dx = dy W.
 
-    Each layer is (rows of x, numbers in, numbers out, times in a step).
+    The first layer's dx is not needed: x is data. Each layer is (rows of x, numbers in,
+    numbers out, times in a step).
     """
     tensors = []
     for rows, n_in, n_out, times in layers:
@@ -421,15 +443,15 @@ def products_alone(layers: list[tuple[int, int, int, int]], dtype: torch.dtype) 
 def limit(options: Options) -> None:
     """A step of parts 1 and 2 over its matrix products alone: how much more can be gained.
 
-    The step is the script's own (`train_epoch`) on random images; part 2's includes clipping and
-    averaging. Medians of five, in turns. It takes two minutes.
+    The step is the script's own (`train_epoch`) on random images; part 2's includes its
+    mirroring, clipping and averaging. Medians of five, in turns. It takes LIMITTIME.
     """
     B = 256
     mlp_layers = [(B, 784, 512, 1), (B, 512, 512, 1), (B, 512, 10, 1)]
-    rnn_layers = [(28 * B, 28, 128, 1), (28 * B, 128, 256, 1), (B, 256, 256, 28), (B, 512, 10, 1)]
-    steps = 10
-    images = torch.randn(steps * B, 28, 28)
-    split = part1.Split(images, torch.randint(10, (steps * B,)))
+    rows = 28 * B  # encoder and W_ih take all steps at once, W_hh one at a time
+    rnn_layers = [(rows, 28, 128, 1), (rows, 128, 256, 1), (B, 256, 256, 28), (B, 512, 10, 1)]
+    images = torch.randn(LIMIT_STEPS * B, 28, 28)
+    split = part1.Split(images, torch.randint(10, (len(images),)))
     data = part1.Data("random", [], 0.0, 1.0, train=split, val=split, test=split)
     precisions = ["float32"]
     if "bf16" in cpu_info():
@@ -444,27 +466,30 @@ def limit(options: Options) -> None:
             model = part1.MLP(config.hidden)
             optimizer = AdamW(model.parameters(), fused=True)
             epoch = partial(part1.train_epoch, model, data, config, optimizer, 1)
-            print_limit(1, precision, products_alone(mlp_layers, dtype), epoch, steps)
+            print_limit(1, precision, products_alone(mlp_layers, dtype), epoch)
             config = part2.Config(batch_size=B, precision=precision)
             model = part2.RowRNN(config)
             optimizer = AdamW(model.parameters(), fused=True)
             averaging = part2.swa_utils.get_ema_multi_avg_fn(0.99)
             ema = part2.swa_utils.AveragedModel(model, multi_avg_fn=averaging)
             epoch = partial(part2.train_epoch, model, ema, data, config, optimizer, 1)
-            print_limit(2, precision, products_alone(rnn_layers, dtype), epoch, steps)
+            print_limit(2, precision, products_alone(rnn_layers, dtype), epoch)
     torch.set_num_threads(threads_before)
 
 
-def print_limit(part: int, precision: str, products: Callable, epoch: Callable, steps: int) -> None:
-    """One row of `limit`."""
-    products_ms, epoch_ms = (1e3 * seconds for seconds in medians_in_turns([products, epoch], 1))
-    step_ms = epoch_ms / steps
-    ratio = step_ms / products_ms
-    times = f"{products_ms:12.2f}  {step_ms:8.2f}  {ratio:5.2f}"
-    print(f"  {part:4}  {precision:9}  {torch.get_num_threads():7}  {times}")
+def print_limit(part: int, precision: str, products: Callable, epoch: Callable) -> None:
+    """One row of `limit`: `epoch` is LIMIT_STEPS steps."""
+    products_seconds, epoch_seconds = medians_in_turns([products, epoch], repeats=1)
+    step_seconds = epoch_seconds / LIMIT_STEPS
+    times = f"{1e3 * products_seconds:12.2f}  {1e3 * step_seconds:8.2f}"
+    ratio = step_seconds / products_seconds
+    print(f"  {part:4}  {precision:9}  {torch.get_num_threads():7}  {times}  {ratio:5.2f}")
 
 
 # ------------------------------- part 3's tables ------------------------------- #
+KINDS = {8: "MHA", 4: "GQA", 2: "GQA", 1: "MQA"}  # by key/value heads, for 8 query heads
+
+
 def cache(options: Options) -> None:
     """Ways to spend a cache of 16 to 64 numbers a token: test accuracy, steps to 99 %.
 
@@ -473,24 +498,24 @@ def cache(options: Options) -> None:
     config = lookup_config(options)
     C = config.d_model
     H = config.n_head
+    d_own = config.head_dim  # of the keys and values that MLA's heads make
     makers = {}
     for numbers in (16, 24, 32, 48, 64):
-        for n_kv_head in (8, 4, 2, 1):
+        for n_kv_head in KINDS:
             if numbers % (2 * n_kv_head) == 0:
                 d = numbers // (2 * n_kv_head)
-                kind = {8: "MHA", 1: "MQA"}.get(n_kv_head, "GQA")
                 make = partial(part3.GroupedQueryAttention, C, H, n_kv_head, d, d)
-                makers[f"{kind} {n_kv_head}x{d}"] = make
-        widths = (config.head_dim, config.value_dim)
-        makers[f"MLA {numbers}"] = partial(part3.MultiHeadLatentAttention, C, H, numbers, *widths)
+                makers[f"{KINDS[n_kv_head]} {n_kv_head}x{d}"] = make
+        make = partial(part3.MultiHeadLatentAttention, C, H, numbers, d_own, d_own)
+        makers[f"MLA {numbers}"] = make
     print_variants(makers, options)
 
 
 def keys(options: Options) -> None:
     """Keys wider or narrower than values, shared by all eight query heads, or one for each.
 
-    Three lookups should need 6 numbers in a shared key, 2 in a head's own. With three seeds it
-    takes 20 minutes.
+    Three lookups should need 6 numbers in a shared key, 2 in a head's own. With three seeds
+    it takes 20 minutes.
     """
     shared = [(4, 4), (6, 2), (6, 10), (8, 8), (8, 16), (9, 8), (10, 6), (12, 4), (16, 4)]
     own = [(1, 1), (2, 2), (2, 6), (3, 2)]
@@ -506,7 +531,7 @@ def keys(options: Options) -> None:
 
 
 def pool_heads(weights: dict[str, Tensor], n_head: int, n_kv_head: int) -> dict[str, Tensor]:
-    """Each key/value head becomes the mean of those it replaces (Ainslie et al. 2023, 2.1)."""
+    """Each key/value head becomes the mean of those it replaces (Ainslie et al. 2023)."""
     pooled = dict(weights)
     for name in ("attention.k_proj.weight", "attention.v_proj.weight"):
         heads = weights[name].unflatten(0, (n_kv_head, n_head // n_kv_head, -1))
@@ -521,22 +546,23 @@ def pooling(options: Options) -> None:
     """
     config = lookup_config(options)
     device = part3.pick_device("auto")
+    C = config.d_model
     H = config.n_head
-    widths = (config.head_dim, config.value_dim)
-    make_mha = partial(part3.GroupedQueryAttention, config.d_model, H, H, *widths)
+    d = config.head_dim
+    make_mha = partial(part3.GroupedQueryAttention, C, H, H, d, d)
     runs = [train_variant(make_mha, config, seed) for seed in range(options.seeds)]
     accuracy = 100 * np.mean([run["accuracy"] for run in runs])
     shares = (0, 5, 10, 20, 40)
-    print(f"  MHA {H}x{config.head_dim}: test accuracy {accuracy:.2f} %, {len(runs)} seeds")
-    print("  further steps, %      " + "".join(f"{share:8}" for share in shares))
+    print(f"  MHA {H}x{d}: test accuracy {accuracy:.2f} %, {len(runs)} seeds")
+    print("  further steps, %     " + "".join(f"{share:8}" for share in shares))
     for n_kv_head in (4, 2, 1):
         for start in ("pooled", "from scratch"):
-            row = f"  {n_kv_head} heads, {start:12}"
+            row = f"  {KINDS[n_kv_head]} {n_kv_head}x{d}, {start:12}"
             for share in shares:
                 accuracies = []
                 for seed, run in enumerate(runs):
                     torch.manual_seed(seed)
-                    attention = part3.GroupedQueryAttention(config.d_model, H, n_kv_head, *widths)
+                    attention = part3.GroupedQueryAttention(C, H, n_kv_head, d, d)
                     net = part3.LookupNet(attention, config).to(device)
                     if start == "pooled":
                         net.load_state_dict(pool_heads(run["net"].state_dict(), H, n_kv_head))
@@ -571,7 +597,8 @@ def mistakes(options: Options) -> None:
         answer = data.class_names[answers[i]]
         axes.imshow(data.test.images[i].cpu(), cmap="gray")
         axes.set_title(f"true: {true}\nanswer: {answer} ({confidence[i]:.1%})", fontsize=10)
-    part1.save_figure(figure, part1.figure_folder(options, data.name) / "part1_mistakes.png")
+    folder = part1.figure_folder(options, data.name)
+    part1.save_figure(figure, folder / "part1_mistakes.png")
 
 
 def first_layer(options: Options) -> None:
@@ -583,14 +610,15 @@ def first_layer(options: Options) -> None:
     weight = model.layers[0].weight.detach().cpu()  # (512, 784)
     norms = weight.norm(dim=1)
     title = mlp_title(model, data)
-    title += "\nthe first layer's weight vectors of largest norm: red is positive, blue negative"
+    title += "\nfirst layer, weight vectors of largest norm: red is positive, blue negative"
     figure, grid = part1.new_figure(title, (10, 6.5), 4, 8)
     for axes, i in zip(grid.flat, norms.argsort(descending=True), strict=False):
         picture = weight[i].view(28, 28) / norms[i]
         axes.imshow(picture, cmap="coolwarm", vmin=-0.17, vmax=0.17)
         axes.set(xticks=[], yticks=[])
         axes.set_title(f"norm {norms[i]:.1f}", fontsize=10)
-    part1.save_figure(figure, part1.figure_folder(options, data.name) / "part1_first_layer.png")
+    folder = part1.figure_folder(options, data.name)
+    part1.save_figure(figure, folder / "part1_first_layer.png")
 
 
 def learning_rates(options: Options) -> None:
@@ -601,7 +629,7 @@ def learning_rates(options: Options) -> None:
     data = part1.load_data(part1.Config(data_dir=options.data_dir), torch.device("cpu"))
     x = data.train.images[:1000].flatten(1)  # (N, 784)
     y = data.train.labels[:1000]  # (N,)
-    title = f"{data.name}: gradient descent on {len(y):,} images, no hidden layer, starting at 0"
+    title = f"{data.name}: gradient descent on 1,000 images, no hidden layer, starting at 0"
     figure, axes = part1.new_figure(title, (10, 4.4))
     for lr in (0.001, 0.1, 10):
         W = torch.zeros(10, 784)
@@ -609,15 +637,17 @@ def learning_rates(options: Options) -> None:
         for _ in range(31):
             logits = x @ W.T  # (N, 10)
             losses.append(F.cross_entropy(logits, y).item())
-            W -= lr * (logits.softmax(1) - F.one_hot(y, 10)).T @ x / len(y)  # (p - y) x, the mean
+            error = logits.softmax(1) - F.one_hot(y, 10)  # p - y, (N, 10)
+            W -= lr * error.T @ x / len(y)
         axes.plot(losses, "o-", markersize=4, label=f"learning rate {lr}")
-        largest = max(losses)
-        print(f"  rate {lr}: from {losses[0]:.2f}, at most {largest:.2f}, to {losses[-1]:.2f}")
+        told = f"from {losses[0]:.2f}, at most {max(losses):.2f}, to {losses[-1]:.2f}"
+        print(f"  rate {lr}: {told}")
     axes.set(xlabel="steps", ylabel="cross-entropy (nats)", yscale="log")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
-    part1.save_figure(figure, part1.figure_folder(options, data.name) / "part1_learning_rates.png")
+    folder = part1.figure_folder(options, data.name)
+    part1.save_figure(figure, folder / "part1_learning_rates.png")
 
 
 def gradient_by_step(model: part2.RowRNN, data: part2.Data) -> np.ndarray:
@@ -631,7 +661,7 @@ def gradient_by_step(model: part2.RowRNN, data: part2.Data) -> np.ndarray:
 
 
 def gradients(options: Options) -> None:
-    """Draw `gradient_by_step` of part 2's net, and of untrained ones that read the last state.
+    """Draw `gradient_by_step` of part 2's net, and of untrained ones, which read the last h.
 
     It takes the training of that net, four minutes; `--epochs` makes it shorter.
     """
@@ -654,18 +684,18 @@ def gradients(options: Options) -> None:
         "LSTM, forget bias 1": part2.RowRNN(replace(random, cell="lstm")),
     }
     layer = nets["LSTM, forget bias 1"].down
-    forget = slice(config.hidden_size, 2 * config.hidden_size)  # the second of the four blocks
-    layer.W_hh.bias.detach()[forget] = 1
-    layer.W_ih.bias.detach()[forget] = 0
+    forget = 1  # the second of the four blocks
+    layer.W_hh.bias.detach().chunk(4)[forget].fill_(1)
+    layer.W_ih.bias.detach().chunk(4)[forget].fill_(0)
     title = f"{data.name}: gradient by row. Trained net: validation accuracy "
     title += f"{best['val_accuracy']:.2%}; untrained nets read the last state"
     figure, axes = part2.new_figure(title, (10, 5.5))
     for name, net in nets.items():
         norms = gradient_by_step(net.to(device), data)
-        label = f"{name}: first over last {norms[0] / norms[-1]:.1e}"
+        label = f"{name}: first over last {norms[0] / norms[-1]:.2g}"
         print(f"  {label}")
         axes.plot(range(1, len(norms) + 1), norms, "o-", markersize=4, label=label)
-    axes.set(xlabel="row t, from the top down", ylabel="mean norm of dL/d(row t)", yscale="log")
+    axes.set(xlabel="row t, from the top", ylabel="mean norm of dL/d(row t)", yscale="log")
     axes.set_xticks([1, 4, 8, 12, 16, 20, 24, 28])
     figure.legend(loc="outside lower center", ncols=2)
     part2.save_figure(
@@ -703,8 +733,9 @@ def qkv(options: Options) -> None:
         matrix = matrix[:12, :12].cpu().numpy()  # as much as can be read
         largest = 1.4 * np.abs(matrix).max()  # black text is readable on all of it
         axes.imshow(matrix, aspect="auto", cmap="coolwarm", vmin=-largest, vmax=largest)
+        decimals = 1 if np.abs(matrix).max() < 20 else 0  # more would not fit
         for (i, j), value in np.ndenumerate(matrix):
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9)
+            axes.text(j, i, f"{value:.{decimals}f}", ha="center", va="center", fontsize=9)
         axes.set(title=heading, ylabel="token", xlabel=across)
         axes.set_xticks(range(matrix.shape[1]))
         axes.set_yticks(range(matrix.shape[0]))

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,8 +81,7 @@ def test_the_warp_moves_each_image_a_little_and_goes_on_beyond_its_border():
     warped = part1.augment(images, 1.0)
     assert len(set(keys(warped))) == 200
     assert 0.5 < (warped * images).sum() / images.sum() < 0.9
-    border = part1.augment(images + 7, 1.0)[:, 0]
-    torch.testing.assert_close(border, torch.full((200, 28), 7.0))
+    torch.testing.assert_close(part1.augment(images + 7, 1.0)[:, 0], images[:, 0] + 7)
 
 
 @pytest.mark.parametrize("learnable", [False, True])
@@ -94,7 +92,7 @@ def test_the_best_epoch_is_kept_and_of_equals_the_first(learnable):
         data = data._replace(val=data.val._replace(labels=torch.randint(10, (200,))))
     model = part1.MLP((64,))
     history, best = part1.train(model, data, part1.Config(epochs=8, batch_size=64))
-    assert best is history[np.argmax([row["val_accuracy"] for row in history])]
+    assert best is max(history, key=lambda row: row["val_accuracy"])  # the first of several
     assert best is not history[-1]
     logits = part1.predict(model, data.val.images)
     assert best["val_accuracy"] == (logits.argmax(1) == data.val.labels).float().mean().item()

@@ -1,8 +1,5 @@
 """Part 2: the cells against torch.nn's, the net, its training, and its quality."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,9 +27,8 @@ def copy_weights(own, reference):
 @each_cell
 @pytest.mark.parametrize("case", range(25))
 def test_states_and_gradients_equal_torchs(cell, case):
-    draw = random.Random(case)
-    T, B, E, H = draw.choices(range(1, 10), k=4)
     torch.manual_seed(case)
+    T, B, E, H = torch.randint(1, 10, (4,)).tolist()
     layer = part2.RecurrentLayer(E, H, cell, orthogonal=False).double()
     reference = TORCHS[cell](E, H).double()
     copy_weights(weights(layer), reference)
@@ -163,7 +159,7 @@ def test_the_belief_after_a_row_knows_no_later_row_and_the_last_is_the_answer():
     before = part2.belief_figure(model, data, probabilities, "").axes[1].images[0].get_array()
     data.test.images[0, 20:] += 1
     after = part2.belief_figure(model, data, probabilities, "").axes[1].images[0].get_array()
-    assert np.abs(before[:, -1] - probabilities[0].numpy()).max() < 1e-5
+    assert before[:, -1] == pytest.approx(probabilities[0].numpy(), abs=1e-5)
     assert (after == before).all(0).tolist() == [True] * 20 + [False] * 8
 
 
