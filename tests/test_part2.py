@@ -159,7 +159,7 @@ def test_the_belief_after_a_row_knows_no_later_row_and_the_last_is_the_answer():
     before = part2.belief_figure(model, data, probabilities, "").axes[1].images[0].get_array()
     data.test.images[0, 20:] += 1
     after = part2.belief_figure(model, data, probabilities, "").axes[1].images[0].get_array()
-    assert before[:, -1] == pytest.approx(probabilities[0].numpy(), abs=1e-5)
+    assert abs(before[:, -1] - probabilities[0].numpy()).max() < 1e-5
     assert (after == before).all(0).tolist() == [True] * 20 + [False] * 8
 
 
