@@ -235,7 +235,7 @@ def score(labels: Tensor, predictions: Tensor, class_names: list[str]) -> dict:
 def main(config: Config) -> dict:
     """Train, score the test set once, print, draw; returns the results."""
     if config.load:
-        return use_saved_net(config)
+        return predict_photos(config)
     config.images_dir.mkdir(parents=True, exist_ok=True)  # told now if that is impossible
     if config.save:
         config.save.parent.mkdir(parents=True, exist_ok=True)
@@ -274,12 +274,11 @@ def main(config: Config) -> dict:
 
 def augment(images: Tensor, strength: float) -> Tensor:
     """Turn, scale, shear and shift images (B, 28, 28), each by its own random affine map."""
-    B = len(images)
     device = images.device
     # At strength 1, each entry of the map is up to this far from the identity.
     spread = strength * torch.tensor([[0.15, 0.25, 0.14], [0.25, 0.15, 0.14]], device=device)
-    change = spread * (2 * torch.rand(B, 2, 3, device=device) - 1)
-    grid = F.affine_grid(torch.eye(2, 3, device=device) + change, [B, 1, 28, 28], False)
+    change = spread * (2 * torch.rand(len(images), 2, 3, device=device) - 1)
+    grid = F.affine_grid(torch.eye(2, 3, device=device) + change, [len(images), 1, 28, 28], False)
     edge = 1 - 1 / 28  # the centre of the outermost pixel, which goes on beyond the border
     return F.grid_sample(images[:, None], grid.clamp(-edge, edge), align_corners=False)[:, 0]
 
@@ -292,9 +291,6 @@ def open_photo(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             photo = ImageOps.exif_transpose(file)
-        if photo.mode[0] in "IF":  # 16 or 32 bits: darkest to lightest becomes 0 to 255
-            scaled = np.interp(photo, (np.min(photo), np.max(photo)), (0, 255))
-            photo = Image.fromarray(scaled.astype(np.uint8))
         photo = photo.convert("RGBA")
         photo.thumbnail((640, 640))
         page = Image.new("RGBA", photo.size, "grey")  # both black and white ink stand out from it
@@ -305,11 +301,18 @@ def open_photo(path: Path) -> Image.Image:
 
 def erase_lines(ink: np.ndarray) -> np.ndarray:
     """Ink (H, W) without the lines that cross it from side to side, as on ruled paper."""
-    thick = ndimage.grey_dilation(ink, (9, 1))  # so a line may slope a little
-    lines = ndimage.grey_opening(thick, (1, 4 * ink.shape[1] // 5)) > 20
-    left = np.where(lines, 0, ink)
-    joined = ndimage.grey_closing(left, (15, 1))  # a stroke that crosses a line goes on
-    return np.where(lines, joined, left)
+    steps = Image.fromarray(ink).resize((16, len(ink)), Image.Resampling.BOX)
+    steps = np.array(steps).T  # (16, H): a line goes up or down by at most a pixel in a step
+    for _ in range(2):  # from side to side, and back
+        for step in range(1, 16):
+            reached = ndimage.maximum_filter1d(steps[step - 1], 3)
+            steps[step] = np.minimum(steps[step], reached)
+        steps = steps[::-1]
+    lines = Image.fromarray(steps.T).resize(ink.shape[::-1], Image.Resampling.NEAREST)
+    lines = 1.5 * np.asarray(lines)  # with its soft edges
+    left = (ink - lines).clip(0)
+    joined = ndimage.grey_closing(left, (11, 1))  # a stroke that crosses a line goes on
+    return np.where(lines > ink.max() / 4, joined, left).astype(np.uint8)
 
 
 def find_digit(photo: Image.Image) -> np.ndarray:
@@ -330,14 +333,16 @@ def find_digit(photo: Image.Image) -> np.ndarray:
         return pieces < 0
     sizes = np.array([max(y.stop - y.start, x.stop - x.start) for y, x in boxes])
     y, x = boxes[sizes.argmax()]
-    reach = max(2, sizes.max() // 8)  # so near are parts of it, as a 5's bar
-    top = max(0, y.start - reach)
-    left = max(0, x.start - reach)
-    near = np.unique(pieces[top : y.stop + reach, left : x.stop + reach])
+    above = max(2, sizes.max() // 3)  # so near are parts of it, as a 5's bar
+    beside = max(2, sizes.max() // 8)  # but a second digit stands beside the first
+    top = max(0, y.start - above)
+    left = max(0, x.start - beside)
+    near = np.unique(pieces[top : y.stop + above, left : x.stop + beside])
     others = np.delete(sizes, near[near > 0] - 1)
     if np.any(others > sizes.max() / 2):
         return pieces < 0
-    return np.isin(pieces, near[near > 0])
+    specks = np.flatnonzero(sizes < sizes.max() / 10) + 1
+    return np.isin(pieces, np.setdiff1d(near, np.append(specks, 0)))
 
 
 def prepare_photo(path: Path) -> Tensor:
@@ -355,7 +360,7 @@ def prepare_photo(path: Path) -> Tensor:
     outside = ndimage.distance_transform_edt(~ink)
     # MNIST's strokes are 2 to 3 pixels of 20 wide: thinner and thicker ones become so.
     width = 4 * (inside[ink].mean() - 0.5)
-    stroke = np.clip(20 * width / size, 2, 3)
+    stroke = np.clip(20 * width / size, 2.25, 3)
     wanted = stroke * (size - width) / (20 - stroke)
     image = Image.fromarray(outside - inside < (wanted - width) / 2)
     image = image.crop(image.getbbox()).convert("L")
@@ -366,8 +371,15 @@ def prepare_photo(path: Path) -> Tensor:
     return torch.tensor(np.asarray(picture))
 
 
-def predict_photos(model: MLP, saved: dict, config: Config) -> dict:
-    """Read the digits in the picture files `config.predict`; print and draw what is likeliest."""
+def predict_photos(config: Config) -> dict:
+    """Let the net in the file `config.load` read `config.predict`; print and draw its answers."""
+    try:
+        saved = torch.load(config.load, map_location="cpu", weights_only=True)  # runs no code
+        model = MLP(saved["hidden"])
+        model.load_state_dict(saved["weights"])
+        print(f"{config.load}: hidden {saved['hidden']}, trained on {saved['dataset']}")
+    except Exception as error:  # there is no end to what a strange file can cause
+        raise UserError(f"{config.load} is no net of this script: {error!r:.150}") from None
     pictures = torch.stack([prepare_photo(path) for path in config.predict])  # (N, 28, 28)
     images = (pictures - saved["mean"]) / saved["std"]
     probabilities = predict(model, images).softmax(1)  # (N, 10)
@@ -393,18 +405,6 @@ def save_net(model: nn.Module, data: Data, config: Config) -> None:
     saved = {"hidden": config.hidden, "weights": model.state_dict(), "dataset": data.name}
     torch.save(saved | {"mean": data.mean, "std": data.std}, config.save)
     print(f"saved {config.save}")
-
-
-def use_saved_net(config: Config) -> dict:
-    """Let the net in the file `config.load` read the pictures `config.predict`."""
-    try:
-        saved = torch.load(config.load, map_location="cpu", weights_only=True)  # runs no code
-        model = MLP(saved["hidden"])
-        model.load_state_dict(saved["weights"])
-        print(f"{config.load}: hidden {saved['hidden']}, trained on {saved['dataset']}")
-    except Exception as error:  # there is no end to what a strange file can cause
-        raise UserError(f"{config.load} is no net of this script: {error!r:.150}") from None
-    return predict_photos(model, saved, config)
 
 
 class MNIST(datasets.MNIST):
