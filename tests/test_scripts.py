@@ -3,6 +3,7 @@
 import math
 import random
 import signal
+import socket
 import threading
 
 import matplotlib
@@ -46,8 +47,14 @@ def test_scores_equal_scikit_learns(part, case):
     assert (results["confusion_matrix"] == counted).all()
 
 
-COMMON = [{"lr": 0}, {"lr": math.nan}, {"weight_decay": -1}, {"seed": -1}, {"seed": 0.5}]
-COMMON += [{"seeds": 0}, {"device": "gpu"}, {"images_dir": 5}]
+def test_learning_rate_rises_over_a_fifth_of_the_steps_then_falls(part):
+    rates = [part.learning_rate(step, 10, 0.8) for step in range(10)]
+    assert rates == pytest.approx([0.4, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert part.learning_rate(0, 1, 0.8) == 0.8  # of a single step
+
+
+COMMON = [{"lr": 0}, {"lr": math.inf}, {"weight_decay": -1}, {"seed": -1}, {"seed": 0.5}]
+COMMON += [{"seeds": 0}, {"device": "gpu"}, {"images_dir": 5}, {"no_such_field": 1}]
 IMAGES = [{"epochs": 0}, {"epochs": 1.5}, {"batch_size": 55_001}, {"dropout": 1.0}]
 IMAGES += [{"label_smoothing": -0.1}, {"precision": "float16"}]
 REFUSED = {
@@ -100,13 +107,14 @@ def test_every_setting_that_passes_runs_to_its_end(part, case, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_in_a_notebook_writes_its_figures_and_changes_nothing(part, device, tmp_path, capsys):
     def state():
-        return dict(matplotlib.rcParams), signal.getsignal(signal.SIGINT), torch.is_grad_enabled()
+        handler = signal.getsignal(signal.SIGINT)
+        return dict(matplotlib.rcParams), handler, socket.getdefaulttimeout()
 
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     before = state()
     ended = []
-    config = small_config(part, device=device)
+    config = small_config(part, device=device, **({"steps": 3} if part is part3 else {}))
     thread = threading.Thread(target=lambda: ended.append(part.main(config)), daemon=True)
     thread.start()
     thread.join(120)
@@ -130,7 +138,7 @@ def outputs(part, results):
 
 def test_a_seed_gives_the_same_bits_and_another_one_others(part, monkeypatch):
     unrendered(part, monkeypatch)
-    few = {"cache": (), "seq_len": 4} if part is part3 else {}
+    few = {"cache": (), "steps": 3} if part is part3 else {}
     runs = [part.main(small_config(part, device="cpu", seed=seed, **few)) for seed in (3, 3, 4)]
     one, same, other = (outputs(part, results) for results in runs)
     for first, second, third in zip(one, same, other, strict=True):

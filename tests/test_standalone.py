@@ -2,7 +2,7 @@
 
 import ast
 import itertools
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("part*.py"))
 BUDGETS = {"part1": (270, 580), "part2": (340, 560), "part3": (430, 660)}  # lesson, whole file
 # Names that mean another thing in each script; those whose copies differ in a few lines.
-OWN = {"Config", "main", "predict", "train", "headline", "run_seeds"}
-LIKE = {"train", "train_epoch", "main", "predict", "run_seeds"}
+OWN = {"Config", "main", "predict", "train", "train_epoch", "headline", "run_seeds", "command_line"}
+LIKE = {"train", "train_epoch", "main", "predict", "run_seeds", "command_line"}
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 
 
@@ -27,7 +27,7 @@ def definitions(path):
 def test_shared_helpers_are_the_same_text(one, other):
     first = definitions(one)
     second = definitions(other)
-    shared = first.keys() & second.keys() - OWN - {"train_epoch", "command_line"}
+    shared = first.keys() & second.keys() - OWN
     assert {"UserError", "score", "confusion_figure", "learning_rate", "pick_device"} <= shared
     assert [name for name in shared if first[name] != second[name]] == []
 
@@ -60,7 +60,7 @@ def test_a_line_says_one_thing(path):
     packed = [n.lineno for n in packed if isinstance(n.value, ast.Tuple)]
     chained = [n.lineno for n in assigned if len(n.targets) > 1]
     assert 20 * sum(len(line) >= 95 for line in lines) <= len(lines)
-    assert packed + chained == []
+    assert len(packed) <= 2 and chained == []
     assert not any(isinstance(node, ast.NamedExpr) for node in nodes)
     assert "fmt: skip" not in text
 
@@ -68,13 +68,14 @@ def test_a_line_says_one_thing(path):
 def test_the_tests_keep_their_length():
     paths = set((ROOT / "tests").glob("*.py")) - {ROOT / "tests/benchmark.py"}
     lines = [path.read_text("utf-8").count("\n") for path in paths if path.stem != "mistakes"]
-    assert sum(lines) <= 1440
+    assert sum(lines) <= 1300
 
 
-def test_nothing_runs_on_import(tmp_path):
-    names = ", ".join(path.stem for path in SCRIPTS)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {names}"
-    command = [sys.executable, "-W", "error::SyntaxWarning", "-c", code]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+@each_script
+def test_nothing_runs_on_import_and_no_other_script_is_needed(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for script in SCRIPTS:
+        monkeypatch.setitem(sys.modules, script.stem, None)  # to import it is an error
+    runpy.run_path(str(path))
+    assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
