@@ -464,9 +464,9 @@ def run_seeds(config: Config) -> bool:
             results = main(replace(config, seed=seed))
             if results["stopped"]:
                 return True
-            runs.append(results)
-            if results["dataset"] != runs[0]["dataset"]:
+            if runs and results["dataset"] != runs[0]["dataset"]:
                 raise UserError("the network was gone for some of the seeds: start again")
+            runs.append(results)
     finally:  # what is finished is told even if a later run is not
         if len(runs) > 1:
             print(f"\n{len(runs)} seeds: mean +- standard deviation (each)")

@@ -576,7 +576,7 @@ def run_seeds(config: Config) -> bool:
                     each = ", ".join(f"{value:.4f}" for value in values)
                     told = f"{np.mean(values):.4f} +- {spread:.4f} ({each})"
                     print(f"{variant:9}{name:11} {told}")
-            figure = tradeoff_figure(runs, f"{len(runs)} seeds")
+            figure = tradeoff_figure(runs, f"{headline(config, runs[0])}, {len(runs)} seeds")
             save_figure(figure, config.images_dir / "part3_cache_tradeoff.png")
     return False
 

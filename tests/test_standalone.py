@@ -68,7 +68,7 @@ def test_a_line_says_one_thing(path):
 def test_the_tests_keep_their_length():
     paths = set((ROOT / "tests").glob("*.py")) - {ROOT / "tests/benchmark.py"}
     lines = [path.read_text("utf-8").count("\n") for path in paths if path.stem != "mistakes"]
-    assert sum(lines) <= 1300
+    assert sum(lines) <= 1480
 
 
 @each_script
