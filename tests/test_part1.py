@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_config, small_data
+from conftest import small_config, small_data, unrendered
 from sklearn.datasets import load_digits
 from torch.optim import AdamW
 
@@ -142,6 +142,15 @@ def test_training_is_adamw_on_smoothed_labels_at_a_rate_that_rises_and_falls():
         losses.append(F.cross_entropy(logits, labels).item())  # told without smoothing
     told = [row["train_loss"] for row in history]
     assert told == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
+
+
+def test_main_trains_with_the_dropout_of_its_settings(load, monkeypatch, tmp_path):
+    unrendered(part1, monkeypatch)
+    losses = []
+    for dropout in (0.0, 0.9):
+        config = small_config(part1, dropout=dropout, data_dir=tmp_path, images_dir=tmp_path)
+        losses.append(part1.main(config)["history"][-1]["train_loss"])
+    assert losses[1] > losses[0] + 0.1
 
 
 def test_quality_gate(data_dir, tmp_path):
