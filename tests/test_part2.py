@@ -167,4 +167,4 @@ def test_quality_gate(data_dir, tmp_path):
     results = part2.main(part2.Config(data_dir=data_dir, images_dir=tmp_path, device="cpu"))
     assert results["dataset"] == "FashionMNIST"
     assert results["confusion_matrix"].sum() == 10_000
-    assert min(results[name] for name in ("accuracy", "precision", "recall", "f1")) > 0.895
+    assert min(results[name] for name in ("accuracy", "precision", "recall", "f1")) > 0.897
