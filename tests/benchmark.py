@@ -279,8 +279,7 @@ def prepared_photo(path: Path) -> Tensor:
 def photos(options: Options) -> None:
     """Part 1's net on 500 photographed test digits: with the preparation, and with less.
 
-    The last row is all originals, prepared as if they were photos. It takes three
-    minutes.
+    The last row is all originals, prepared as if they were photos. It takes three minutes.
     """
     model, data = trained_mlp(options)
     _, _, _, test = part1.read_dataset(options.data_dir)
@@ -445,8 +444,7 @@ def limit(options: Options) -> None:
     """A step of parts 1 and 2 over its matrix products alone: how much more can be gained.
 
     The step is the script's own (`train_epoch`) on random images; part 2's includes its
-    mirroring, clipping and averaging. Medians of five, in turns. It takes
-    40 seconds.
+    mirroring, clipping and averaging. Medians of five, in turns. It takes 40 seconds.
     """
     B = 256
     mlp_layers = [(B, 784, 512, 1), (B, 512, 512, 1), (B, 512, 10, 1)]
@@ -542,7 +540,7 @@ def pool_heads(weights: dict[str, Tensor], n_head: int, n_kv_head: int) -> dict[
 def pooling(options: Options) -> None:
     """From MHA to GQA and MQA by pooling, beside a new start: accuracy after further steps.
 
-    Mean accuracy on the validation sequences. With three seeds it takes six minutes.
+    Mean accuracy on the validation sequences. With three seeds it takes eight minutes.
     """
     config = lookup_config(options)
     device = part3.pick_device("auto")
@@ -707,7 +705,7 @@ def gradients(options: Options) -> None:
 def qkv(options: Options) -> None:
     """Draw the numbers in a trained MHA: its best head for the first lookup, on one sequence.
 
-    It takes the training of that net, 20 s.
+    It takes the training of that net, 30 s.
     """
     config = lookup_config(options)
     name, make_attention = next(iter(part3.variants(config).items()))
@@ -760,7 +758,7 @@ def decoding_step(module: nn.Module, context: int) -> tuple[float, int]:
 def decode(options: Options) -> None:
     """Draw the time of one decoding step by context, projections included, for each variant.
 
-    It takes ten seconds.
+    It takes two seconds.
     """
     config = part3.Config()
     device = part3.pick_device("auto")
